@@ -1,0 +1,158 @@
+"""Models and datasets of the tests: built from a config, the tokenizer trained on the spot. Nothing is downloaded."""
+
+import copy
+import os
+
+
+# Before anything imports the Hub client: the tests must neither reach for it nor report to it
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+
+
+disable_progress_bars()
+torch.set_num_threads(2)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: every string of the tests, whatever its script, has tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog, 0123456789"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def _build(config: PreTrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    # A copy: trainers write the tokenizer's special tokens into the config of their model
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., torch.nn.Module]:
+    """Build a tiny model of a family, the same parameters at every call."""
+    shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    configs: dict[str, PreTrainedConfig] = {
+        "llama": LlamaConfig(**shape, **sizes, num_key_value_heads=2),
+        "gpt2": GPT2Config(
+            **shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
+        "qwen3_moe": Qwen3MoeConfig(
+            **shape,
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            moe_intermediate_size=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+            output_router_logits=True,
+        ),
+    }
+    return lambda family="llama": _build(configs[family])
+
+
+def prompt_completion_rows(num_rows: int, offset: int = 0) -> Dataset:
+    """Rows of different lengths, none like another."""
+    return Dataset.from_list(
+        [
+            {"prompt": f"add {row} and {row * row}:", "completion": f" {row + row * row}" + " ok" * (row % 4)}
+            for row in range(offset, offset + num_rows)
+        ]
+    )
+
+
+@pytest.fixture
+def train_dataset() -> Dataset:
+    return prompt_completion_rows(24)
+
+
+@pytest.fixture
+def validation_dataset() -> Dataset:
+    return prompt_completion_rows(10, offset=1000)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., BilevelSFTConfig]:
+    """Options for a short fp32 run on the CPU that writes to the test's own folder."""
+
+    def make(**options: Any) -> BilevelSFTConfig:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_steps": 6,
+            "logging_steps": 1,
+            "bf16": False,
+            "use_cpu": True,
+            "activation_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 7,
+        }
+        return BilevelSFTConfig(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(
+    build_model: Callable[..., torch.nn.Module],
+    tokenizer: PreTrainedTokenizerFast,
+    train_dataset: Dataset,
+    validation_dataset: Dataset,
+    make_config: Callable[..., BilevelSFTConfig],
+) -> Callable[..., BilevelSFTTrainer]:
+    """A trainer on the tiny Llama; keywords that are fields of the config go there, all others to the trainer."""
+
+    def make(**options: Any) -> BilevelSFTTrainer:
+        fields = BilevelSFTConfig.__dataclass_fields__
+        arguments: dict[str, Any] = {
+            "model": options.pop("model", None) or build_model(),
+            "args": make_config(**{name: value for name, value in options.items() if name in fields}),
+            "train_dataset": train_dataset,
+            "validation_dataset": validation_dataset,
+            "processing_class": tokenizer,
+        }
+        arguments |= {name: value for name, value in options.items() if name not in fields}
+        return BilevelSFTTrainer(**arguments)
+
+    return make

@@ -1,0 +1,73 @@
+"""Which validation rows join which training rows."""
+
+import pytest
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+
+from trl_bilevel.paired_batches import (
+    SAMPLE_INDEX_COLUMN,
+    SAMPLE_INDICES,
+    PairedCollator,
+    PairedDataset,
+    PairedIndex,
+    PairedSampler,
+    ValidationStream,
+)
+
+
+def _sampler(num_training, num_validation, training_batch, validation_batch, epoch=0):
+    stream = ValidationStream(num_validation, seed=3)
+    sampler = PairedSampler(SequentialSampler(range(num_training)), stream, training_batch, validation_batch)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+def _validation_rows(sampler):
+    return [row for index in sampler for row in index.validation]
+
+
+def test_stream_visits_every_row_once_per_pass_in_a_new_order():
+    rows = ValidationStream(7, seed=0).rows(0, 21)
+    passes = [rows[0:7], rows[7:14], rows[14:21]]
+    assert all(sorted(one) == list(range(7)) for one in passes)
+    assert len(set(passes)) == 3
+    assert ValidationStream(7, seed=1).rows(0, 21) != rows
+
+
+def test_stream_is_a_function_of_the_position():
+    stream = ValidationStream(7, seed=0)
+    whole = stream.rows(0, 40)
+    assert stream.rows(23, 40) == whole[23:]
+    assert stream.rows(5, 9) == whole[5:9]
+
+
+@pytest.mark.parametrize(("training_batch", "validation_batch"), [(4, 4), (4, 2), (4, 1), (2, 6), (3, 2)])
+def test_every_full_batch_holds_the_validation_rows_asked_for(training_batch, validation_batch):
+    pairs = list(_sampler(12, 50, training_batch, validation_batch))
+    for start in range(0, 12, training_batch):
+        batch = pairs[start : start + training_batch]
+        assert sum(len(index.validation) for index in batch) == validation_batch
+    assert [index.training for index in pairs] == list(range(12))
+
+
+def test_epochs_continue_the_stream():
+    first = _validation_rows(_sampler(10, 7, 4, 4, epoch=0))
+    second = _validation_rows(_sampler(10, 7, 4, 4, epoch=1))
+    assert tuple(first + second) == ValidationStream(7, seed=3).rows(0, 20)
+
+
+def test_pairs_do_not_depend_on_the_batch_size_at_equal_ratio():
+    assert list(_sampler(12, 7, 8, 4)) == list(_sampler(12, 7, 2, 1))
+
+
+def test_batch_keeps_the_identity_and_order_of_rows():
+    training = Dataset.from_dict({"labels": [[1], [2], [3]], SAMPLE_INDEX_COLUMN: [10, 11, 12]})
+    validation = Dataset.from_dict({"labels": [[7], [8]]})
+    rows = PairedDataset(training, validation).__getitems__([PairedIndex(2, (1,)), PairedIndex(0, (0, 1))])
+    batch = PairedCollator(lambda rows: {"labels": [row["labels"] for row in rows]})(rows)
+    assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10]}
+
+
+def test_collator_that_merges_rows_is_refused():
+    with pytest.raises(ValueError, match="turned 2 rows into 1"):
+        PairedCollator(lambda rows: {"labels": [[1, 2]]})([{"labels": [1]}, {"labels": [2]}])

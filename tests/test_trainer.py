@@ -1,0 +1,386 @@
+"""Everything SFTTrainer accepts, and what comes out."""
+
+import copy
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import prompt_completion_rows
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+
+
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def _assert_learned(trainer, num_rows=24):
+    weights = trainer.data_selector.weights()
+    assert weights.shape == (num_rows,)
+    assert weights.dtype == torch.float32
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5)
+    assert weights.std() > 0
+    logs = [entry for entry in trainer.state.log_history if "validation_loss" in entry]
+    assert logs[-1]["validation_loss"] < logs[0]["validation_loss"]
+    return logs
+
+
+def test_logs_carry_the_names_users_plot(make_trainer):
+    trainer = make_trainer(filter_ratio=0.5, max_steps=12)
+    trainer.train()
+    logs = _assert_learned(trainer)
+    statistics = trainer.data_selector.statistics()
+    last = logs[-1]
+    assert last["selector/entropy"] == statistics.entropy
+    assert last["selector/effective_sample_ratio"] == statistics.effective_sample_ratio
+    assert last["selector/weight_min"] == statistics.weight_min
+    assert last["selector/weight_max"] == statistics.weight_max
+    assert logs[0]["selector/filtered_ratio"] == 0  # all weights tie
+    assert logs[-1]["selector/filtered_ratio"] == pytest.approx(0.5)
+    assert last["validation_weight"] == 0.9
+    assert {"loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "num_tokens"} <= last.keys()
+    assert json.dumps(trainer.state.log_history)
+
+
+def test_logged_validation_loss_is_the_loss_of_the_validation_rows(make_trainer, validation_dataset):
+    trainer = make_trainer(learning_rate=0.0, per_device_validation_batch_size=10, logging_steps=6)
+    trainer.train()
+    logged = trainer.state.log_history[0]["validation_loss"]  # six batches, each of all ten rows
+    assert logged == pytest.approx(trainer.evaluate(validation_dataset)["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["path", "model", "peft_model", "model_and_peft_config"])
+def test_kinds_of_model(make_trainer, build_model, tokenizer, tmp_path, kind):
+    model, peft_config = build_model(), None
+    if kind == "path":
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        trainer = make_trainer(model=str(tmp_path / "model"), processing_class=None)
+    else:
+        if kind == "peft_model":
+            model = get_peft_model(model, LoraConfig(**LORA))
+        if kind == "model_and_peft_config":
+            peft_config = LoraConfig(**LORA)
+        trainer = make_trainer(model=model, peft_config=peft_config)
+    trainer.train()
+    _assert_learned(trainer)
+
+    trainer.save_model()
+    output_dir = Path(trainer.args.output_dir)
+    assert (output_dir / "data_selector.safetensors").is_file()
+    if kind in ("peft_model", "model_and_peft_config"):
+        reloaded = PeftModel.from_pretrained(build_model(), output_dir)
+        assert "lora" in next(iter(load_file(output_dir / "adapter_model.safetensors")))
+    else:
+        reloaded = AutoModelForCausalLM.from_pretrained(output_dir)
+    batch = tokenizer(["add 3 and 9: 12"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_model_families(make_trainer, build_model, tokenizer, family):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    trainer = make_trainer(model=build_model(family), processing_class=tokenizer, activation_checkpointing=True)
+    trainer.train()
+    logs = _assert_learned(trainer)
+    assert ("aux_loss" in logs[0]) == (family == "qwen3_moe")
+
+
+def test_moe_auxiliary_loss_counts_as_in_sft(make_trainer, build_model, tokenizer, train_dataset):
+    """The same rows in training and validation, lambda 1/2 and uniform weights: objective and aux loss are SFT's."""
+    rows = train_dataset.select(range(4))
+    options = {"max_steps": 1, "learning_rate": 0.0, "router_aux_loss_coef": 0.5}
+    with pytest.warns(UserWarning, match="4 training rows are also in `validation_dataset`"):
+        trainer = make_trainer(
+            model=build_model("qwen3_moe"),
+            train_dataset=rows,
+            validation_dataset=rows,
+            validation_weight=0.5,
+            **options,
+        )
+    trainer.train()
+    sft_options = {name: getattr(trainer.args, name) for name in ("output_dir", "use_cpu", "bf16", "disable_tqdm")}
+    reference = SFTTrainer(
+        build_model("qwen3_moe"),
+        SFTConfig(
+            **sft_options, **options, per_device_train_batch_size=4, report_to="none", activation_checkpointing=False,
+            logging_steps=1, save_strategy="no",
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    reference.train()
+    ours, theirs = trainer.state.log_history[0], reference.state.log_history[0]
+    assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], abs=1e-5)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def _conversation(row):
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+FORMATS = {
+    "text": lambda row: {"text": row["prompt"] + row["completion"]},
+    "prompt_completion": lambda row: {"prompt": row["prompt"], "completion": row["completion"]},
+    "messages": lambda row: {"messages": _conversation(row)},
+    "sharegpt": lambda row: {
+        "conversations": [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["completion"]}]
+    },
+    "conversational_prompt_completion": lambda row: {
+        "prompt": _conversation(row)[:1],
+        "completion": _conversation(row)[1:],
+    },
+    "unicode": lambda row: {"prompt": f"число {row['prompt']} 数🧮\t", "completion": row["completion"] + " ✓\u202e"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_row_formats(make_trainer, name):
+    rows, trusted = (
+        Dataset.from_list([FORMATS[name](row) for row in prompt_completion_rows(size, offset)])
+        for size, offset in ((24, 0), (10, 1000))
+    )
+    trainer = make_trainer(train_dataset=rows, validation_dataset=trusted, eval_dataset=trusted, max_length=None)
+    trainer.train()
+    _assert_learned(trainer)
+    curated = trainer.curate(keep_ratio=0.5)
+    assert len(curated) == 12
+    assert curated.column_names[: len(rows.column_names)] == rows.column_names
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{"assistant_only_loss": True}, {"completion_only_loss": False}])
+def test_which_tokens_carry_loss(make_trainer, options):
+    """Against SFTTrainer's own count of the label tokens that each choice leaves."""
+    name = "messages" if "assistant_only_loss" in options else "prompt_completion"
+    rows, trusted = (
+        Dataset.from_list([FORMATS[name](row) for row in prompt_completion_rows(size, offset)])
+        for size, offset in ((24, 0), (10, 1000))
+    )
+    trainer = make_trainer(train_dataset=rows, validation_dataset=trusted, **options)
+    seen = []
+    weigh_rows = trainer._weigh_rows
+    trainer._weigh_rows = lambda batches, device: (seen.extend(batches), weigh_rows(batches, device))
+    trainer.train()
+    _assert_learned(trainer)
+    for batch in seen:
+        for row, sample_index in enumerate(batch["sample_indices"]):
+            labels = batch["labels"][row]
+            text = trainer.processing_class.decode(labels[labels != -100])
+            answer = prompt_completion_rows(24)[sample_index]["completion"]
+            if "assistant_only_loss" in options:
+                assert text == answer + "<|im_end|>"
+            else:
+                assert text.startswith("add") and text.endswith(answer + "<eos>")  # noqa: PT018
+
+
+def test_formatting_func_and_pretokenized_rows(make_trainer, tokenizer):
+    rows, trusted = prompt_completion_rows(24), prompt_completion_rows(10, 1000)
+    formatted = make_trainer(
+        train_dataset=rows.rename_columns({"prompt": "question", "completion": "answer"}),
+        validation_dataset=trusted.rename_columns({"prompt": "question", "completion": "answer"}),
+        formatting_func=lambda row: row["question"] + row["answer"],
+    )
+    formatted.train()
+
+    def tokenize(row):
+        return tokenizer(row["prompt"] + row["completion"] + "<eos>", return_token_type_ids=False)
+
+    tokenized = make_trainer(
+        train_dataset=rows.map(tokenize, remove_columns=rows.column_names),
+        validation_dataset=trusted.map(tokenize, remove_columns=rows.column_names),
+    )
+    tokenized.train()
+    _assert_learned(tokenized)
+    assert torch.equal(formatted.data_selector.weights(), tokenized.data_selector.weights())
+
+
+def test_evaluation_never_reaches_the_selector(make_trainer, validation_dataset):
+    held_out = {"a": prompt_completion_rows(6, 500), "b": prompt_completion_rows(5, 600)}
+    plain, evaluated = (
+        make_trainer(eval_dataset=dataset, eval_strategy=strategy, eval_steps=2)
+        for dataset, strategy in ((None, "no"), (held_out, "steps"))
+    )
+    plain.train()
+    evaluated.train()
+    assert torch.equal(plain.data_selector.weights(), evaluated.data_selector.weights())
+    eval_logs = [entry for entry in evaluated.state.log_history if "eval_a_loss" in entry]
+    assert len(eval_logs) == 3
+    assert not any(name.startswith("selector/") or name == "validation_loss" for name in eval_logs[0])
+
+
+def test_callbacks_see_every_step(make_trainer):
+    class Counter(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+
+    counter = Counter()
+    make_trainer(callbacks=[counter], gradient_accumulation_steps=2).train()
+    assert counter.steps == 6
+
+
+@pytest.mark.parametrize("selector_activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("selector_optimizer", ["mirror_descent", "adam"])
+def test_rows_of_high_loss_lose_weight(make_trainer, selector_activation, selector_optimizer):
+    """Ten rows whose answers nothing can predict must end below the rows that look like the trusted ones."""
+    generator = np.random.default_rng(0)
+    noise = [{"prompt": "add 1 and 1:", "completion": generator.bytes(12).hex()} for _ in range(10)]
+    trusted = [{"prompt": f"say it {n}:", "completion": " yes it is"} for n in range(30)]
+    rows = Dataset.from_list([*noise, *trusted[:14]])
+    trainer = make_trainer(
+        train_dataset=rows,
+        validation_dataset=Dataset.from_list(trusted[14:]),
+        selector_activation=selector_activation,
+        selector_optimizer=selector_optimizer,
+        selector_learning_rate=0.2,
+        max_steps=30,
+    )
+    trainer.train()
+    weights = trainer.data_selector.weights()
+    assert weights[:10].max() < weights[10:].min()
+    assert set(trainer.curate(14 / 24)["completion"]) == {" yes it is"}
+
+
+def test_row_with_nan_loss_is_skipped_counted_and_survived(make_trainer, build_model, tokenizer, tmp_path):
+    """A frozen embedding of NaN for one token: its row would turn every LoRA gradient into NaN."""
+    poison = tokenizer.convert_tokens_to_ids("#")
+    model = build_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = torch.nan
+    clean_rows = [*prompt_completion_rows(23)]
+    rows = Dataset.from_list([*clean_rows[:5], {"prompt": "add # and 1:", "completion": " 1"}, *clean_rows[5:]])
+    trusted = Dataset.from_list([*prompt_completion_rows(9, 1000), {"prompt": "#", "completion": " 1"}])
+    trainer = make_trainer(
+        model=model,
+        train_dataset=rows,
+        validation_dataset=trusted,
+        peft_config=LoraConfig(**LORA),
+        max_steps=-1,
+        num_train_epochs=2,
+    )
+    trainer.train()
+    _assert_learned(trainer)
+    scored = trainer.curate()["scored"]
+    assert [index for index in range(24) if not scored[index]] == [5]
+    assert trainer.data_selector.logits[5] == 0
+    nonfinite = sum(entry.get("selector/nonfinite_rows", 0) for entry in trainer.state.log_history)
+    assert nonfinite == 2 + 4  # the training row twice; 48 validation rows are 4 passes over 10 and 8 more
+    assert all(parameter.isfinite().all() for name, parameter in trainer.model.named_parameters() if "lora" in name)
+
+
+def test_batch_without_a_finite_row_is_skipped(make_trainer, build_model, caplog):
+    model = build_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), max_steps=2)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert "lower `learning_rate`" in caplog.text
+    after = trainer.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if "lora" in name)
+    assert not trainer.data_selector.scored.any()
+
+
+def test_bf16_keeps_the_selector_in_fp32(make_trainer):
+    trainer = make_trainer(bf16=True, activation_checkpointing=True)
+    trainer.train()
+    _assert_learned(trainer)
+    assert trainer.data_selector.logits.dtype == torch.float32
+
+
+def test_qlora(make_trainer, build_model, tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = make_trainer(
+        model=str(tmp_path / "model"),
+        processing_class=None,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        peft_config=LoraConfig(**LORA),
+        bf16=True,
+        learning_rate=3e-2,
+        max_steps=12,
+    )
+    trainer.train()
+    _assert_learned(trainer)
+
+
+def test_other_training_arguments_are_completed(build_model, tokenizer, train_dataset, validation_dataset, tmp_path):
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
+    trainer = BilevelSFTTrainer(
+        build_model(),
+        SFTConfig(str(tmp_path), max_length=77, activation_checkpointing=False, save_strategy="no", **options),
+        train_dataset=train_dataset,
+        validation_dataset=validation_dataset,
+        processing_class=tokenizer,
+    )
+    assert isinstance(trainer.args, BilevelSFTConfig)
+    assert trainer.args.max_length == 77
+    assert trainer.args.validation_weight == BilevelSFTConfig(str(tmp_path), use_cpu=True).validation_weight
+    trainer.train()
+
+
+def test_default_config_keeps_trls_defaults(tmp_path):
+    config = BilevelSFTConfig(str(tmp_path), use_cpu=True)
+    assert config.activation_checkpointing is True
+    assert config.bf16 is True
+    assert (
+        BilevelSFTConfig(str(tmp_path), use_cpu=True, activation_checkpointing=False).gradient_checkpointing is False
+    )
+    with pytest.warns(FutureWarning, match="activation_checkpointing"):
+        assert (
+            BilevelSFTConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=False).activation_checkpointing
+            is False
+        )
+
+
+def test_final_model_and_checkpoints_hold_the_selector_also_without_optimizer(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=3, save_only_model=True)
+    trainer.train()
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        state = load_file(Path(trainer.args.output_dir) / checkpoint / "data_selector.safetensors")
+        assert state["logits"].shape == (24,)
+    assert torch.equal(state["logits"], trainer.data_selector.logits)
+
+
+def test_resume_with_other_rows_is_refused(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=3)
+    trainer.train()
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-3")
+    other = make_trainer(train_dataset=prompt_completion_rows(25))
+    with pytest.raises(ValueError, match=r"num_rows 24 \(now 25\)"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_curated_dataset_round_trips_and_trains_plain_sft(make_trainer, build_model, tokenizer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    curated = trainer.curate(keep_ratio=0.5)
+    curated.save_to_disk(tmp_path / "disk")
+    curated.to_parquet(tmp_path / "curated.parquet")
+    from_disk = datasets.load_from_disk(tmp_path / "disk")
+    from_parquet = Dataset.from_parquet(str(tmp_path / "curated.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert from_disk.to_list() == from_parquet.to_list() == curated.to_list()
+    assert from_parquet.features == curated.features
+
+    reference = SFTTrainer(
+        build_model(),
+        SFTConfig(str(tmp_path / "sft"), max_steps=2, use_cpu=True, bf16=False, report_to="none",
+                  activation_checkpointing=False, save_strategy="no", disable_tqdm=True),
+        train_dataset=from_parquet,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert reference.train().training_loss > 0

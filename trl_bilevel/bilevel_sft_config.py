@@ -1,0 +1,199 @@
+"""Options of the bilevel trainer."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from .data_selector import SelectorOptimizer
+from .losses import LossNormalization
+from .selector_updates import SelectorActivation
+
+
+SelectionMethod = Literal["bds"]
+
+
+@dataclass
+class BilevelSFTConfig(SFTConfig):
+    r"""
+    Configuration of the [`BilevelSFTTrainer`]: every option of [`~trl.SFTConfig`], and those of data selection.
+
+    Parameters:
+        > Parameters that control the upper level
+
+        selection_method (`str`, *optional*, defaults to `"bds"`):
+            How rows are weighted. `"bds"` (bilevel data selection, arXiv 2511.21056): one learned weight per row.
+        validation_weight (`float`, *optional*, defaults to `0.9`):
+            Weight $\lambda \in (0, 1]$ of the validation loss in the objective
+            $\lambda L_{val} + (1-\lambda) L_{train}(w)$. A high value lets the validation rows shape the model, so
+            that bad training rows stand out by their loss; a low one trains more on the weighted training rows.
+        validation_weight_decay (`float`, *optional*, defaults to `0.0`):
+            How much `validation_weight` falls after every epoch; it stops at 0.
+        per_device_validation_batch_size (`int`, *optional*):
+            Validation rows that join each `per_device_train_batch_size` training rows in the same forward pass. If
+            `None`, as many as training rows.
+
+        > Parameters that control the data selector
+
+        selector_activation (`str`, *optional*, defaults to `"softmax"`):
+            How a row's logit becomes its weight: `"softmax"` or `"sigmoid"`. Both are scaled to mean 1.
+        selector_optimizer (`str`, *optional*, defaults to `"mirror_descent"`):
+            `"mirror_descent"` moves the rows of the batch only, at a cost independent of the dataset's size. `"adam"`
+            is dense Adam on all logits, the reference of the published codes.
+        selector_learning_rate (`float`, *optional*):
+            Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 0.3 for mirror
+            descent and 5e-3 for Adam.
+        filter_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
+            weights keep being learned. Rows that tie with a kept row are kept.
+        loss_normalization (`str`, *optional*, defaults to `"token"`):
+            `"token"` divides each level's loss by its completion tokens, as [`~trl.SFTTrainer`] does; `"row"` averages
+            the rows' mean losses, as the published codes do.
+
+        > Parameters that control the data and the memory
+
+        gradient_checkpointing (`bool`, *optional*):
+            Deprecated name of `activation_checkpointing`, which is on, as in [`~trl.SFTConfig`], if neither is set.
+        sample_id_column (`str`, *optional*):
+            Column of the training dataset with a unique id per row (string or integer), reported in the curated
+            dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position.
+    """
+
+    selection_method: SelectionMethod = field(
+        default="bds",
+        metadata={"help": "How rows are weighted: `'bds'`, one learned weight per row."},
+    )
+    validation_weight: float = field(
+        default=0.9,
+        metadata={"help": "Weight of the validation loss in the objective, in (0, 1]."},
+    )
+    validation_weight_decay: float = field(
+        default=0.0,
+        metadata={"help": "How much `validation_weight` falls after every epoch; it stops at 0."},
+    )
+    per_device_validation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Validation rows that join each `per_device_train_batch_size` training rows in the same forward "
+            "pass. If `None`, as many as training rows."
+        },
+    )
+    selector_activation: SelectorActivation = field(
+        default="softmax",
+        metadata={"help": "How a row's logit becomes its weight; both are scaled to mean 1."},
+    )
+    selector_optimizer: SelectorOptimizer = field(
+        default="mirror_descent",
+        metadata={
+            "help": "`'mirror_descent'` moves the rows of the batch only; `'adam'` is dense Adam on all logits."
+        },
+    )
+    selector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Step of the selector. If `None`, 0.3 for mirror descent and 5e-3 for Adam."},
+    )
+    filter_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows of each batch, those of the lowest weight, that take no part in the model's "
+            "step, in [0, 1)."
+        },
+    )
+    loss_normalization: LossNormalization = field(
+        default="token",
+        metadata={
+            "help": "`'token'` divides each level's loss by its completion tokens, `'row'` averages the rows' means."
+        },
+    )
+    sample_id_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training dataset with a unique id per row. If `None`, the column `sample_id` if "
+            "there is one, otherwise the row's position."
+        },
+    )
+
+    # TRL's default under its new name: as `gradient_checkpointing=True` it warns at every start
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Deprecated by transformers, use `activation_checkpointing`, which is on if neither is set."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+        _check_choice("selection_method", self.selection_method, get_args(SelectionMethod))
+        _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))
+        _check_choice("selector_optimizer", self.selector_optimizer, get_args(SelectorOptimizer))
+        _check_choice("loss_normalization", self.loss_normalization, get_args(LossNormalization))
+        if not 0 < self.validation_weight <= 1:
+            raise ValueError(
+                f"`validation_weight` must be larger than 0 and at most 1, got {self.validation_weight}. With 0 the "
+                "validation set would have no say; use `SFTTrainer` for that."
+            )
+        if not 0 <= self.validation_weight_decay < 1:
+            raise ValueError(
+                f"`validation_weight_decay` must be at least 0 and less than 1, got {self.validation_weight_decay}."
+            )
+        if self.per_device_validation_batch_size is not None and self.per_device_validation_batch_size < 1:
+            raise ValueError(
+                "`per_device_validation_batch_size` must be at least 1, got "
+                f"{self.per_device_validation_batch_size}. Use `None` for as many as training rows."
+            )
+        if self.selector_learning_rate is not None and not 0 <= self.selector_learning_rate < float("inf"):
+            raise ValueError(
+                "`selector_learning_rate` must be a finite number, 0 or larger, got "
+                f"{self.selector_learning_rate}. 0 keeps the weights as they are."
+            )
+        if not 0 <= self.filter_ratio < 1:
+            raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
+        _check_sft_options(self)
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> "BilevelSFTConfig":
+        """The same options with the bilevel defaults added, for scripts that still pass an [`~trl.SFTConfig`]."""
+        options: dict[str, Any] = {
+            option.name: getattr(args, option.name)
+            for option in fields(args)
+            if option.init and option.name in cls.__dataclass_fields__
+        }
+        return cls(**options)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        allowed = " or ".join(f"'{choice}'" for choice in choices)
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def _check_sft_options(args: BilevelSFTConfig) -> None:
+    """Refuse the options of `SFTConfig` that per-row weights cannot honour yet, rather than ignore them."""
+    if args.loss_type != "nll":
+        raise ValueError(
+            f"`loss_type={args.loss_type!r}` is not supported: row weights are learned from the rows' negative "
+            "log-likelihood. Use `loss_type='nll'`."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported: it needs the full logits, "
+            "which are never built. Set it to 0."
+        )
+    if args.packing or args.padding_free:
+        raise ValueError(
+            f"`packing={args.packing}` and `padding_free={args.padding_free}`: rows that share a sequence cannot be "
+            "weighted one by one yet. Set both to False."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` is not supported: it deals out batches without their "
+            "validation rows. Use 'random', 'sequential' or 'group_by_length'."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size=True` is not supported: a retry would start with the weights of the failed attempt."
+            " Set `per_device_train_batch_size` instead."
+        )

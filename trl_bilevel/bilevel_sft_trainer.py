@@ -1,0 +1,407 @@
+"""The bilevel step, inside TRL's training loop."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .bilevel_sft_config import BilevelSFTConfig
+from .curation import curate_dataset
+from .data_selector import DataSelector
+from .dataset_checks import (
+    check_batch_sizes,
+    check_datasets,
+    fingerprint_ids,
+    resolve_sample_ids,
+    warn_about_shared_rows,
+)
+from .losses import (
+    ObjectiveSize,
+    RowLosses,
+    WeightedRows,
+    filter_threshold,
+    objective_size,
+    row_coefficients,
+    row_losses,
+    validation_weight_at,
+)
+from .paired_batches import (
+    SAMPLE_INDEX_COLUMN,
+    SAMPLE_INDICES,
+    PairedCollator,
+    PairedDataset,
+    PairedSampler,
+    ValidationStream,
+)
+from .training_metrics import RowCounts, TokenSums, TrainingMetrics, sum_tokens
+
+
+logger = get_logger(__name__)
+
+_ROW_COEFFICIENTS = "row_coefficients"
+_NUM_FILTERED_ROWS = "num_filtered_rows"
+
+_PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
+_PAPER_CITATION = f"""\
+@article{{xiao2025bilevel,
+    title        = {{{{{_PAPER_TITLE}}}}},
+    author       = {{Quan Xiao and Yutong Xuan and Gaowen Liu and Ramana Rao Kompella and Tianyi Chen}},
+    year         = 2025,
+    eprint       = {{arXiv:2511.21056}},
+}}"""
+
+
+class BilevelSFTTrainer(SFTTrainer):
+    r"""
+    [`~trl.SFTTrainer`] that learns, while it trains, how much each training row should count.
+
+    Its one change is the loss of a step. Each batch carries training rows and rows of a trusted validation dataset
+    through one forward pass. The model descends $\lambda L_{val} + (1-\lambda) L_{train}(w)$; then the data selector
+    moves the weights $w$ of the batch's training rows against their losses. Bilevel data selection, arXiv 2511.21056.
+
+    Where to read it: [`get_batch_samples`] looks up weights, [`compute_loss`] is the model's level, and
+    [`training_step`] ends with the selector's level.
+
+    Args:
+        model, args, data_collator, train_dataset, ...:
+            As in [`~trl.SFTTrainer`], all of them. `args` is a [`BilevelSFTConfig`]; any other
+            [`~transformers.TrainingArguments`] are completed with its defaults.
+        validation_dataset (`datasets.Dataset`):
+            Rows you trust, in the format of `train_dataset`. They define what a good training row is, and are trained
+            on. `eval_dataset` is never seen by either level.
+
+    Raises:
+        `ValueError` or `TypeError`: for datasets or options that cannot work, before training starts.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+
+    trainer = BilevelSFTTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=BilevelSFTConfig(output_dir="out"),
+        train_dataset=load_dataset("json", data_files="mixture.jsonl", split="train"),
+        validation_dataset=load_dataset("json", data_files="trusted.jsonl", split="train"),
+    )
+    trainer.train()
+    curated = trainer.curate(keep_ratio=0.7)
+    ```
+    """
+
+    _tag_names = ["trl", "bilevel-sft"]
+    _name = "Bilevel SFT"
+    _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
+
+    # `compute_loss` divides by the tokens of the whole optimizer step
+    loss_is_scaled_for_ga = True
+
+    args: BilevelSFTConfig
+    data_collator: Any
+    _signature_columns: list[str]
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *sft_args: Any,
+        validation_dataset: Any = None,
+        **sft_kwargs: Any,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = BilevelSFTConfig(f"{model_id.split('/')[-1]}-BilevelSFT")
+        elif not isinstance(args, BilevelSFTConfig):
+            args = BilevelSFTConfig.from_training_arguments(args)
+        check_datasets(train_dataset, validation_dataset)
+        self._source_dataset = train_dataset
+        self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
+        self._rows_fingerprint = fingerprint_ids(self._sample_ids)
+
+        indexed = train_dataset.add_column(SAMPLE_INDEX_COLUMN, np.arange(len(train_dataset)))
+        super().__init__(model, args, data_collator, indexed, *sft_args, **sft_kwargs)
+        self._refuse_unsupported_setup()
+
+        if not self._skip_prepare_dataset:
+            validation_dataset = self._prepare_dataset(
+                validation_dataset, self.processing_class, args, False, self._formatting_func, "validation"
+            )
+        self.validation_dataset = validation_dataset
+        self._report_dropped_rows()
+        warn_about_shared_rows(self.train_dataset, self.validation_dataset)
+
+        self.validation_batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
+        micro_batches = args.gradient_accumulation_steps * args.world_size
+        check_batch_sizes(
+            num_training=len(self.train_dataset),
+            num_validation=len(self.validation_dataset),
+            training_batch=args.per_device_train_batch_size * micro_batches,
+            validation_batch=self.validation_batch_size * micro_batches,
+        )
+        self.data_selector = DataSelector(
+            num_rows=len(train_dataset),
+            activation=args.selector_activation,
+            optimizer=args.selector_optimizer,
+            learning_rate=args.selector_learning_rate,
+        )
+        self._training_metrics = TrainingMetrics()
+        self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
+        self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
+
+    def _refuse_unsupported_setup(self) -> None:
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported: it would replace the bilevel objective. Remove it, or override "
+                "`compute_loss`."
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
+                f"Use data parallelism only, got {parallelism}."
+            )
+
+    def _report_dropped_rows(self) -> None:
+        for name, num_rows, prepared in (
+            ("train_dataset", len(self._source_dataset), self.train_dataset),
+            ("validation_dataset", None, self.validation_dataset),
+        ):
+            if len(prepared) == 0:
+                raise ValueError(
+                    f"No row of `{name}` has a completion token left after truncation to "
+                    f"max_length={self.args.max_length}. Raise `max_length`, or shorten the prompts."
+                )
+            if num_rows is not None and len(prepared) < num_rows:
+                logger.warning(
+                    f"{num_rows - len(prepared)} of {num_rows} training rows have no completion token left after "
+                    f"truncation to max_length={self.args.max_length}. They are not trained on; the curated dataset "
+                    "marks them with scored=False."
+                )
+
+    # ---- Data: training and validation rows in one batch ----
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SAMPLE_INDEX_COLUMN not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, SAMPLE_INDEX_COLUMN]
+
+    def get_train_dataloader(self) -> DataLoader:
+        training, validation = self.train_dataset, self.validation_dataset
+        if self.args.remove_unused_columns:
+            training = self._remove_unused_columns(training, description="training")
+            validation = self._remove_unused_columns(validation, description="validation")
+        # Trainer builds its dataloaders with `self.data_collator`, which evaluation needs as it is
+        collator, self.data_collator = self.data_collator, PairedCollator(self.data_collator)
+        try:
+            return self._get_dataloader(
+                dataset=PairedDataset(training, validation),
+                description="Training",
+                batch_size=self._train_batch_size,
+                sampler_fn=self._get_paired_sampler,
+                is_training=True,
+            )
+        finally:
+            self.data_collator = collator
+
+    def _get_paired_sampler(self, dataset: PairedDataset) -> Sampler:
+        sampler = self._get_train_sampler(self.train_dataset)
+        if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
+            # What accelerate makes of a bare RandomSampler, so that rows come in the order of SFTTrainer
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairedSampler(
+            sampler,
+            ValidationStream(len(dataset.validation), seed),
+            training_batch_size=self.args.per_device_train_batch_size,
+            validation_batch_size=self.validation_batch_size,
+        )
+
+    # ---- The bilevel step ----
+    @property
+    def validation_weight(self) -> float:
+        """lambda, the weight of the validation loss, in the current epoch."""
+        return validation_weight_at(
+            self.state.epoch or 0, self.args.validation_weight, self.args.validation_weight_decay
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Once per optimizer step: how much each row of its micro-batches counts in the objective."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._weigh_rows(batches, device)
+        return batches, num_items_in_batch
+
+    def _weigh_rows(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        normalization = self.args.loss_normalization
+        indices = [torch.tensor(batch[SAMPLE_INDICES]) for batch in batches]  # (T,) per micro-batch
+        self._step_sample_indices = self._gather_rows(torch.cat(indices))
+        self._step_row_means = []
+        threshold = filter_threshold(self.data_selector.weights_of(self._step_sample_indices), self.args.filter_ratio)
+        rows: list[WeightedRows] = []
+        for batch, sample_indices in zip(batches, indices, strict=True):
+            weights = self.data_selector.weights_of(sample_indices)
+            kept = weights >= threshold
+            batch[_NUM_FILTERED_ROWS] = int((~kept).sum())
+            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(device)  # (T + V,)
+            num_training_tokens, num_validation_tokens = num_tokens.tensor_split([len(weights)])
+            rows.append(WeightedRows(weights.to(device), kept.to(device), num_training_tokens, num_validation_tokens))
+
+        sizes = torch.stack([torch.stack(objective_size(row, normalization)) for row in rows]).sum(dim=0)  # (2,)
+        if self.args.average_tokens_across_devices:
+            sizes = self.accelerator.reduce(sizes)
+        size = ObjectiveSize(*sizes)
+        for batch, row in zip(batches, rows, strict=True):
+            batch[_ROW_COEFFICIENTS] = row_coefficients(row, size, self.validation_weight, normalization)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
+        if _ROW_COEFFICIENTS not in inputs:  # evaluation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        coefficients = inputs.pop(_ROW_COEFFICIENTS)  # (T + V,)
+        num_filtered_rows = inputs.pop(_NUM_FILTERED_ROWS)
+        num_training_rows = len(inputs.pop(SAMPLE_INDICES))
+
+        outputs, losses = self._forward(model, inputs)
+        # The one transfer from the device: it serves the check below and the selector's level
+        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (T + V,) each
+        finite = nll.isfinite()
+        self._step_row_means.append((nll / num_tokens)[:num_training_rows])
+        if self._any_process(not finite.all()):
+            # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch
+            if not finite.any():
+                return self._skip_batch(num_training_rows, num_filtered_rows, len(finite))
+            rows = finite.nonzero().flatten().to(coefficients.device)
+            inputs = {name: value[rows] for name, value in inputs.items()}
+            coefficients = coefficients[rows]
+            outputs, losses = self._forward(model, inputs)
+
+        loss = (coefficients * losses.nll).sum()
+        if self.args.average_tokens_across_devices:
+            # The coefficients divide by the tokens of all processes, and DDP averages over processes again
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+
+        self._training_metrics.add(
+            sum_tokens(
+                losses,
+                outputs.entropy,
+                outputs.is_top1,
+                num_training_rows=int(finite[:num_training_rows].sum()),
+                input_tokens=inputs["attention_mask"].sum(),
+                aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
+            ),
+            RowCounts(num_training_rows, num_filtered_rows, nonfinite_rows=int((~finite).sum())),
+        )
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """After the backward pass of the last micro-batch, the selector's level: one update of the batch's weights."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            row_means = self._gather_rows(torch.cat(self._step_row_means))
+            self.data_selector.update(self._step_sample_indices, row_means)
+        return loss
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
+        if self.aux_loss_enabled:
+            outputs = model(**inputs, use_cache=False, output_router_logits=True, fused_lm_head=True)
+        else:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return outputs, row_losses(outputs.log_probs, outputs.label_mask)
+
+    def _skip_batch(self, num_training_rows: int, num_filtered_rows: int, num_rows: int) -> torch.Tensor:
+        """A zero loss that still gives every trained parameter a gradient, for a micro-batch without a finite row."""
+        logger.warning(
+            f"All {num_rows} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, the "
+            "model has diverged: lower `learning_rate`."
+        )
+        zero = sum(parameter.sum() * 0 for parameter in self.model.parameters() if parameter.requires_grad)
+        assert isinstance(zero, torch.Tensor)
+        self._training_metrics.add(
+            TokenSums(*[zero] * len(TokenSums._fields)),
+            RowCounts(num_training_rows, num_filtered_rows, nonfinite_rows=num_rows),
+        )
+        return zero
+
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all processes' rows, in the same order on each, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _any_process(self, condition: bool | torch.Tensor) -> bool:
+        """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""
+        flag = torch.as_tensor(condition, dtype=torch.int64).reshape(1)
+        return bool(self._gather_rows(flag).any())
+
+    # ---- Logs ----
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            metrics = self._training_metrics.pop(self.accelerator.gather)
+            if metrics:
+                self._total_train_tokens += int(metrics["num_tokens"])
+                metrics["num_tokens"] = self._total_train_tokens
+                if not self.aux_loss_enabled:
+                    del metrics["aux_loss"]
+                metrics["validation_weight"] = self.validation_weight
+                statistics = self.data_selector.statistics()
+                metrics |= {f"selector/{name}": value for name, value in statistics._asdict().items()}
+            self._metrics["train"].update({name: [value] for name, value in metrics.items()})
+        super().log(logs, start_time)
+
+    # ---- Results and checkpoints ----
+    def curate(self, keep_ratio: float | None = None) -> Dataset:
+        """
+        The training dataset with every row's score, and only its best rows if `keep_ratio` is given.
+
+        Args:
+            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps and scores all.
+
+        Returns:
+            `datasets.Dataset`: the columns of `train_dataset` unchanged, then `sample_id`, `weight`, `rank`, `scored`
+            and `response_source`, see [`~trl_bilevel.curation.curate_dataset`].
+
+        Raises:
+            `ValueError`: if `keep_ratio` is out of range.
+        """
+        return curate_dataset(
+            self._source_dataset,
+            self._sample_ids,
+            weights=self.data_selector.weights().numpy(),
+            scored=self.data_selector.scored.numpy(),
+            keep_ratio=keep_ratio,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Part of every checkpoint and of the final model, also with `save_only_model`; before a push would upload it
+        if self.args.should_save:
+            directory = output_dir or self.args.output_dir
+            os.makedirs(directory, exist_ok=True)
+            self.data_selector.save(directory, self._rows_fingerprint)
+        super().save_model(output_dir, _internal_call)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.data_selector.load(checkpoint, self._rows_fingerprint)

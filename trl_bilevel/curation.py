@@ -1,0 +1,66 @@
+"""From row weights to a curated dataset."""
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+
+SAMPLE_ID_COLUMN = "sample_id"
+CURATION_COLUMNS = ("weight", "rank", "scored", "response_source")
+"""Columns that [`curate_dataset`] adds to the user's, besides `sample_id`."""
+
+
+def curate_dataset(
+    dataset: Dataset,
+    sample_ids: pa.ChunkedArray,
+    weights: np.ndarray,
+    scored: np.ndarray,
+    keep_ratio: float | None = None,
+) -> Dataset:
+    """
+    Add each row's score to its dataset, and keep the best rows.
+
+    The columns of the dataset come first and unchanged, and the rows keep their order. Added are:
+
+    - `sample_id` (string or int): the row's id, unless the dataset has that column already;
+    - `weight` (float): learned weight, mean 1 over all N rows;
+    - `rank` (int): 1 for the row of the highest weight, N for the lowest; of equal weights, scored rows come first;
+    - `scored` (bool): False for a row that never moved its weight, because training ended before it was seen, its
+      loss was never finite, or truncation left it without completion tokens. Its weight is the neutral one;
+    - `response_source` (string): `"original"`.
+
+    Args:
+        dataset (`datasets.Dataset`): the N training rows as the user passed them.
+        sample_ids (`pyarrow.ChunkedArray`): N unique ids.
+        weights (`numpy.ndarray`): shape (N,), mean 1.
+        scored (`numpy.ndarray`): bool, shape (N,).
+        keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded to whole
+            rows, at least one. If `None`, all rows.
+
+    Returns:
+        `datasets.Dataset`: the rows kept.
+
+    Raises:
+        `ValueError`: if `keep_ratio` is out of range.
+    """
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(
+            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
+        )
+    num_rows = len(dataset)
+    best_first = np.lexsort((np.arange(num_rows), ~scored, -weights))  # (N,), the last key sorts first
+    rank = np.empty(num_rows, dtype=np.int64)
+    rank[best_first] = np.arange(1, num_rows + 1)
+    if SAMPLE_ID_COLUMN not in dataset.column_names:
+        dataset = dataset.add_column(SAMPLE_ID_COLUMN, sample_ids.to_pylist())
+    for name, column in (
+        ("weight", weights.astype(np.float64)),
+        ("rank", rank),
+        ("scored", scored),
+        ("response_source", np.full(num_rows, "original")),
+    ):
+        dataset = dataset.add_column(name, column)
+    if keep_ratio is None:
+        return dataset
+    num_kept = max(1, round(keep_ratio * num_rows))
+    return dataset.select(np.flatnonzero(rank <= num_kept))

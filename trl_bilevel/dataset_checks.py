@@ -1,0 +1,159 @@
+"""Checks of the datasets, before anything is loaded or trained: each error names the value and the cure."""
+
+import hashlib
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
+from .paired_batches import SAMPLE_INDEX_COLUMN
+
+
+def check_datasets(training: Any, validation: Any) -> None:
+    """
+    Check that both datasets are there, map-style, textual and not empty.
+
+    Raises:
+        `TypeError`: for something that is not a `datasets.Dataset`.
+        `ValueError`: for a missing or empty dataset, images, or columns that the curated dataset adds itself.
+    """
+    for name, dataset in (("train_dataset", training), ("validation_dataset", validation)):
+        if dataset is None:
+            raise ValueError(
+                f"`{name}` is missing. Pass a `datasets.Dataset`"
+                + (" of rows you trust, in the format of `train_dataset`." if name == "validation_dataset" else ".")
+            )
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Row weights need rows that "
+                "can be counted: load a stream without `streaming=True`, or materialise it with "
+                "`Dataset.from_generator`; pass a mapping of splits one split at a time."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty. Pass a dataset with at least one batch of rows.")
+        images = {"image", "images"} & set(dataset.column_names)
+        if images:
+            raise ValueError(
+                f"`{name}` has the column {images.pop()!r}: image rows are not supported. Use text rows, or "
+                "`SFTTrainer`."
+            )
+    tokenized = "input_ids" in training.column_names or "input_ids" in validation.column_names
+    if not tokenized and ("completion" in training.column_names) != ("completion" in validation.column_names):
+        raise ValueError(
+            "`train_dataset` and `validation_dataset` must both be prompt-completion datasets, or neither, so that "
+            f"both losses cover the same tokens. Their columns are {training.column_names} and "
+            f"{validation.column_names}."
+        )
+    taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training.column_names))
+    if taken:
+        raise ValueError(
+            f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
+            f"`train_dataset.remove_columns({taken})`."
+        )
+
+
+def check_batch_sizes(num_training: int, num_validation: int, training_batch: int, validation_batch: int) -> None:
+    """
+    Check that both datasets fill one optimizer step.
+
+    Args:
+        num_training (`int`): training rows.
+        num_validation (`int`): validation rows.
+        training_batch (`int`): training rows per optimizer step, over accumulation steps and processes.
+        validation_batch (`int`): validation rows per optimizer step.
+
+    Raises:
+        `ValueError`: if a dataset has fewer rows than its batch.
+    """
+    for name, num_rows, batch, option in (
+        ("train_dataset", num_training, training_batch, "per_device_train_batch_size"),
+        ("validation_dataset", num_validation, validation_batch, "per_device_validation_batch_size"),
+    ):
+        if num_rows < batch:
+            raise ValueError(
+                f"`{name}` has {num_rows} rows to train on, fewer than one batch of {batch} (per device, times "
+                f"accumulation steps, times processes). Lower `{option}` or "
+                "`gradient_accumulation_steps`, or add rows."
+            )
+
+
+def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
+    """
+    The rows' ids: a column of the user's, or the rows' positions.
+
+    Args:
+        dataset (`datasets.Dataset`): training rows, N of them.
+        column (`str`, *optional*): name of the id column; if `None`, `sample_id` where it exists.
+
+    Returns:
+        `pyarrow.ChunkedArray`: N unique ids, strings or integers.
+
+    Raises:
+        `TypeError`: for ids that are neither strings nor integers.
+        `ValueError`: for a column that does not exist, or missing or repeated ids.
+    """
+    if column is None and SAMPLE_ID_COLUMN in dataset.column_names:
+        column = SAMPLE_ID_COLUMN
+    elif column is not None and column != SAMPLE_ID_COLUMN and SAMPLE_ID_COLUMN in dataset.column_names:
+        raise ValueError(
+            f"`sample_id_column={column!r}`, but `train_dataset` also has a column `sample_id`, the name under which "
+            "the curated dataset reports ids. Drop or rename that column."
+        )
+    if column is None:
+        return pa.chunked_array([pa.array(range(len(dataset)), type=pa.int64())])
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`sample_id_column={column!r}` is not a column of `train_dataset`, which has {dataset.column_names}."
+        )
+    ids = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    ids = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([ids])
+    if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        raise TypeError(
+            f"Sample ids must be strings or integers, but the column {column!r} has type {ids.type}. Cast it with "
+            "`train_dataset.cast_column`."
+        )
+    if ids.null_count:
+        raise ValueError(
+            f"{ids.null_count} of {len(ids)} rows have no id in the column {column!r}. Give each row one."
+        )
+    if len(ids.unique()) < len(ids):
+        repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
+        raise ValueError(
+            f"Sample ids must be unique, but {len(ids) - len(ids.unique())} rows repeat an id in the column "
+            f"{column!r}, for example {repeated!r} ({times} times). Use another column, or none."
+        )
+    return ids
+
+
+def fingerprint_ids(ids: pa.ChunkedArray) -> str:
+    """A short digest of the ids in their order, to tell on resume whether the rows are still the same."""
+    digest = hashlib.sha256()
+    for batch in ids.chunks:
+        digest.update("\n".join(map(repr, batch.to_pylist())).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def warn_about_shared_rows(training: Dataset, validation: Dataset) -> None:
+    """Warn how many prepared training rows are, token for token, also validation rows."""
+    trusted = set(_token_bytes(validation))
+    shared = sum(tokens in trusted for tokens in _token_bytes(training))
+    if shared:
+        warnings.warn(
+            f"{shared} training rows are also in `validation_dataset`, token for token. Their weights say little, as "
+            "the validation loss already trains on them. Remove them from one of the two.",
+            stacklevel=3,
+        )
+
+
+def _token_bytes(dataset: Dataset) -> Iterator[bytes]:
+    columns = dataset.select_columns(["input_ids"]).with_format("arrow")
+    for batch in columns.iter(batch_size=1000):
+        lists = batch.column("input_ids").combine_chunks()
+        tokens, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy() - lists.offsets[0].as_py()
+        for start, stop in itertools.pairwise(offsets):
+            yield tokens[start:stop].tobytes()

@@ -1,0 +1,158 @@
+"""The losses of the two levels: tensors in, tensors out."""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+
+LossNormalization = Literal["token", "row"]
+
+
+class RowLosses(NamedTuple):
+    """Negative log-likelihood of each row's completion, in nats."""
+
+    nll: torch.Tensor
+    """Summed over the row's completion tokens, shape (B,)."""
+    num_tokens: torch.Tensor
+    """Completion tokens of the row, shape (B,), int64."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over the row's completion tokens, shape (B,), nats per token; NaN for a row without any."""
+        return self.nll / self.num_tokens
+
+
+class WeightedRows(NamedTuple):
+    """The rows of a micro-batch, T for training and V for validation."""
+
+    weights: torch.Tensor
+    """Weights of the training rows, shape (T,), fp32, mean 1 over the dataset."""
+    kept: torch.Tensor
+    """Which of them take part in the lower level, shape (T,), bool; see [`filter_threshold`]."""
+    num_training_tokens: torch.Tensor
+    """Their completion tokens, shape (T,), int64."""
+    num_validation_tokens: torch.Tensor
+    """Completion tokens of the validation rows, shape (V,), int64."""
+
+
+class ObjectiveSize(NamedTuple):
+    """Divisors of the two losses, in tokens or rows."""
+
+    training: torch.Tensor
+    """Scalar, int64."""
+    validation: torch.Tensor
+    """Scalar, int64."""
+
+
+def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor) -> RowLosses:
+    """
+    Negative log-likelihood of every row on its own.
+
+    Args:
+        log_probs (`torch.Tensor`): log-probabilities of the next tokens, shape (B, L-1), in nats.
+        label_mask (`torch.Tensor`): which of them belong to a completion, shape (B, L-1), bool.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> losses = row_losses(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[True, True, False]]))
+    >>> losses.nll, losses.mean
+    (tensor([3.]), tensor([1.5000]))
+
+    ```
+    """
+    nll = -(log_probs * label_mask).sum(dim=1)  # (B,)
+    return RowLosses(nll=nll, num_tokens=label_mask.sum(dim=1))
+
+
+def validation_weight_at(epoch: float, initial: float, decay: float) -> float:
+    """
+    lambda during an epoch: `initial` in the first, `decay` less in each that follows, never below 0.
+
+    Example:
+
+    ```python
+    >>> [round(validation_weight_at(epoch, initial=0.5, decay=0.2), 1) for epoch in (0, 0.99, 1, 2, 3)]
+    [0.5, 0.5, 0.3, 0.1, 0.0]
+
+    ```
+    """
+    return max(0.0, initial - decay * int(epoch))
+
+
+def filter_threshold(weights: torch.Tensor, filter_ratio: float) -> float:
+    """
+    The weight below which a row takes no part in the lower-level step, so that the `filter_ratio` lowest are left out.
+
+    Rows that tie with a kept row are kept. So nothing is filtered while all weights are still equal, and the result
+    does not depend on the order of the rows, hence not on how a batch is split into micro-batches or processes.
+
+    Args:
+        weights (`torch.Tensor`): weights of the rows of a global batch, shape (B,).
+        filter_ratio (`float`): share of rows to leave out, in [0, 1); rounded down to whole rows.
+
+    Returns:
+        `float`: rows with `weight >= threshold` are kept.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> weights = torch.tensor([0.5, 2.0, 0.5, 1.0])
+    >>> weights >= filter_threshold(weights, filter_ratio=0.5)
+    tensor([False,  True, False,  True])
+    >>> torch.ones(4) >= filter_threshold(torch.ones(4), filter_ratio=0.5)
+    tensor([True, True, True, True])
+
+    ```
+    """
+    num_filtered = int(filter_ratio * weights.numel())
+    return weights.sort().values[num_filtered].item() if num_filtered else 0.0
+
+
+def objective_size(rows: WeightedRows, normalization: LossNormalization) -> ObjectiveSize:
+    """
+    What some rows add to the divisors of the two losses; the sum over an optimizer step divides its losses.
+
+    Args:
+        rows ([`WeightedRows`]): rows of a micro-batch.
+        normalization (`"token"` or `"row"`): divide by completion tokens, as TRL does, or by rows.
+    """
+    if normalization == "row":
+        num_validation_rows = rows.kept.new_tensor(rows.num_validation_tokens.numel(), dtype=torch.int64)
+        return ObjectiveSize(training=rows.kept.sum(), validation=num_validation_rows)
+    return ObjectiveSize(
+        training=(rows.num_training_tokens * rows.kept).sum(), validation=rows.num_validation_tokens.sum()
+    )
+
+
+def row_coefficients(
+    rows: WeightedRows, size: ObjectiveSize, validation_weight: float, normalization: LossNormalization
+) -> torch.Tensor:
+    """
+    How much each row's summed negative log-likelihood counts in the objective of the theta step.
+
+    The penalty form of the bilevel problem (SEAL, arXiv 2410.07471; BDS, arXiv 2511.21056) is linear in the rows'
+    losses, so one dot product with these coefficients is the whole objective:
+
+        lambda * L_val + (1 - lambda) * L_train(w)
+        L_train(w) = sum_i w_i * sum_t nll_it / sum_i n_i            (normalization="token", as TRL)
+        L_train(w) = 1/T * sum_i w_i * mean_t nll_it                 (normalization="row", the papers' codes)
+
+    Args:
+        rows ([`WeightedRows`]): rows of a micro-batch.
+        size ([`ObjectiveSize`]): divisors, over the whole optimizer step.
+        validation_weight (`float`): lambda, in [0, 1].
+        normalization (`"token"` or `"row"`): what `size` counts.
+
+    Returns:
+        `torch.Tensor`: fp32, shape (T + V,): training rows first.
+    """
+    training = (1 - validation_weight) * rows.weights * rows.kept / size.training.clamp(min=1)  # (T,)
+    validation = validation_weight / size.validation.clamp(min=1)
+    coefficients = torch.cat([training, validation.expand(rows.num_validation_tokens.shape)])  # (T + V,)
+    if normalization == "row":
+        num_tokens = torch.cat([rows.num_training_tokens, rows.num_validation_tokens])
+        coefficients = coefficients / num_tokens.clamp(min=1)
+    return coefficients

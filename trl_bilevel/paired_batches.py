@@ -1,0 +1,157 @@
+"""
+Training and validation rows in one batch.
+
+A validation row travels with a training row: the sampler yields pairs of indices, so batching, sharding over processes
+and skipping ahead on resume are those of PyTorch and accelerate, and one forward pass serves both levels.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+
+SAMPLE_INDEX_COLUMN = "bilevel_sample_index"
+"""Column added to the training dataset: the row's position in the dataset that the user passed."""
+SAMPLE_INDICES = "sample_indices"
+"""Batch key: list of int, the `SAMPLE_INDEX_COLUMN` of the batch's training rows, which come first."""
+
+
+class PairedIndex(NamedTuple):
+    """A training row and the validation rows that travel with it."""
+
+    training: int
+    validation: tuple[int, ...]
+
+
+class ValidationStream:
+    """
+    An endless sequence of validation rows: one random permutation of all rows after another.
+
+    Any stretch of it is a pure function of the seed and the position, so nothing has to be saved to resume.
+
+    Args:
+        num_rows (`int`): number of validation rows.
+        seed (`int`): seed of the permutations.
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows = num_rows
+        self.seed = seed
+        self._cached_pass = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def rows(self, start: int, stop: int) -> tuple[int, ...]:
+        """Rows at the positions `start` (included) to `stop` (excluded)."""
+        return tuple(self._row(position) for position in range(start, stop))
+
+    def _row(self, position: int) -> int:
+        current_pass, offset = divmod(position, self.num_rows)
+        if current_pass != self._cached_pass:
+            self._permutation = np.random.default_rng([self.seed, current_pass]).permutation(self.num_rows)
+            self._cached_pass = current_pass
+        return int(self._permutation[offset])
+
+
+class PairedSampler(Sampler[PairedIndex]):
+    """
+    Pairs the rows of a training sampler, in its order, with the validation stream.
+
+    With T training and V validation rows per batch, the first n training rows of an epoch bring ceil(n * V / T)
+    validation rows along. So every full batch holds exactly V, and any way to cut an epoch into batches, micro-batches
+    or processes sees the same pairs.
+
+    Args:
+        training_sampler (`torch.utils.data.Sampler`): yields the training rows of an epoch.
+        validation_stream ([`ValidationStream`]): where validation rows come from.
+        training_batch_size (`int`): T, rows.
+        validation_batch_size (`int`): V, rows.
+    """
+
+    def __init__(
+        self,
+        training_sampler: Sampler[int],
+        validation_stream: ValidationStream,
+        training_batch_size: int,
+        validation_batch_size: int,
+    ):
+        self.training_sampler = training_sampler
+        self.validation_stream = validation_stream
+        self.training_batch_size = training_batch_size
+        self.validation_batch_size = validation_batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+        if isinstance(self.training_sampler, SeedableRandomSampler):
+            self.training_sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.training_sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[PairedIndex]:
+        epoch_start = self.epoch * self._validation_rows_for(len(self))
+        stop = epoch_start
+        for position, training_row in enumerate(self.training_sampler, start=1):
+            start, stop = stop, epoch_start + self._validation_rows_for(position)
+            yield PairedIndex(training_row, self.validation_stream.rows(start, stop))
+
+    def _validation_rows_for(self, num_training_rows: int) -> int:
+        return -(-num_training_rows * self.validation_batch_size // self.training_batch_size)
+
+
+class PairedDataset(TorchDataset):
+    """
+    The prepared training and validation datasets behind one index, a [`PairedIndex`].
+
+    Args:
+        training (`datasets.Dataset`): prepared training rows with `SAMPLE_INDEX_COLUMN`.
+        validation (`datasets.Dataset`): prepared validation rows, without that column.
+    """
+
+    def __init__(self, training: Dataset, validation: Dataset):
+        self.training = training
+        self.validation = validation
+
+    def __len__(self) -> int:
+        return len(self.training)
+
+    def __getitem__(self, index: PairedIndex) -> list[dict[str, Any]]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[PairedIndex]) -> list[dict[str, Any]]:
+        """The rows of a batch, training rows first; PyTorch's fetcher calls this once per batch."""
+        training_rows = self.training.__getitems__([index.training for index in indices])
+        validation_indices = [row for index in indices for row in index.validation]
+        validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
+        return training_rows + validation_rows
+
+
+class PairedCollator:
+    """
+    Collates training and validation rows with the trainer's own collator and keeps the training rows' identity.
+
+    Args:
+        collator (`Callable`): collator for the rows themselves. It must keep their number and order.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sample_indices = [row[SAMPLE_INDEX_COLUMN] for row in rows if SAMPLE_INDEX_COLUMN in row]
+        rows = [{name: value for name, value in row.items() if name != SAMPLE_INDEX_COLUMN} for row in rows]
+        batch = self.collator(rows)
+        if len(batch["labels"]) != len(rows):
+            raise ValueError(
+                f"The data collator turned {len(rows)} rows into {len(batch['labels'])}. Row weights need a collator "
+                "that returns one sequence per row, in the order of the rows."
+            )
+        # A list, not a tensor: it stays on the host, where the selector looks the weights up without a device sync
+        batch[SAMPLE_INDICES] = sample_indices
+        return batch

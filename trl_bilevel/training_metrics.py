@@ -1,0 +1,109 @@
+"""Sums behind the logged training metrics, kept on the device until they are logged."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .losses import RowLosses
+
+
+class TokenSums(NamedTuple):
+    """Sums over the tokens of some micro-batches: scalars on the training device, log-likelihoods in nats."""
+
+    training_tokens: torch.Tensor
+    training_nll: torch.Tensor
+    entropy: torch.Tensor
+    correct_tokens: torch.Tensor
+    validation_tokens: torch.Tensor
+    validation_nll: torch.Tensor
+    input_tokens: torch.Tensor
+    aux_loss: torch.Tensor
+
+
+class RowCounts(NamedTuple):
+    """Counts known on the host."""
+
+    training_rows: int
+    filtered_rows: int
+    nonfinite_rows: int
+    micro_batches: int = 1
+
+
+class TrainingMetrics:
+    """
+    Adds up the metrics of micro-batches without waiting for the device, and averages them when they are logged.
+
+    `entropy` and `mean_token_accuracy` are TRL's, over the training rows only, so that they compare with
+    `SFTTrainer`'s.
+    """
+
+    def __init__(self) -> None:
+        self._token_sums: torch.Tensor | None = None  # (len(TokenSums),), fp32
+        self._row_counts: Counter[str] = Counter()
+
+    def add(self, token_sums: TokenSums, row_counts: RowCounts) -> None:
+        """Add the sums of one micro-batch."""
+        stacked = torch.stack([value.detach().float() for value in token_sums])
+        self._token_sums = stacked if self._token_sums is None else self._token_sums + stacked
+        self._row_counts.update(row_counts._asdict())
+
+    def pop(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """
+        Averages since the last call under the names they are logged by; empty if nothing was added.
+
+        Losses are in nats per completion token. `num_tokens` counts the input tokens since the last call.
+
+        Args:
+            gather (`Callable`): stacks a tensor of shape (1, K) of every process to (num_processes, K).
+        """
+        if self._token_sums is None:
+            return {}
+        counts = self._token_sums.new_tensor([self._row_counts[name] for name in RowCounts._fields])
+        sums = gather(torch.cat([self._token_sums, counts])[None]).sum(dim=0).tolist()
+        self._token_sums = None
+        self._row_counts.clear()
+        total = dict(zip(TokenSums._fields + RowCounts._fields, sums, strict=True))
+        training_tokens = max(total["training_tokens"], 1.0)
+        return {
+            "training_loss": total["training_nll"] / training_tokens,
+            "validation_loss": total["validation_nll"] / max(total["validation_tokens"], 1.0),
+            "entropy": total["entropy"] / training_tokens,
+            "mean_token_accuracy": total["correct_tokens"] / training_tokens,
+            "aux_loss": total["aux_loss"] / total["micro_batches"],
+            "num_tokens": total["input_tokens"],
+            "selector/filtered_ratio": total["filtered_rows"] / max(total["training_rows"], 1.0),
+            "selector/nonfinite_rows": total["nonfinite_rows"],
+        }
+
+
+def sum_tokens(
+    losses: RowLosses,
+    entropy: torch.Tensor,
+    is_top1: torch.Tensor,
+    num_training_rows: int,
+    input_tokens: torch.Tensor,
+    aux_loss: torch.Tensor,
+) -> TokenSums:
+    """
+    The sums of one paired micro-batch.
+
+    Args:
+        losses ([`~trl_bilevel.losses.RowLosses`]): of its rows, training rows first.
+        entropy (`torch.Tensor`): of the next-token distributions, shape (B, L-1), nats, 0 on ignored positions.
+        is_top1 (`torch.Tensor`): whether the label is the most likely token, shape (B, L-1), False on ignored ones.
+        num_training_rows (`int`): how many rows come first.
+        input_tokens (`torch.Tensor`): tokens the model read, prompts included, scalar.
+        aux_loss (`torch.Tensor`): load-balancing loss of a mixture-of-experts model, scalar.
+    """
+    return TokenSums(
+        training_tokens=losses.num_tokens[:num_training_rows].sum(),
+        training_nll=losses.nll[:num_training_rows].sum(),
+        entropy=entropy[:num_training_rows].sum(),
+        correct_tokens=is_top1[:num_training_rows].sum(),
+        validation_tokens=losses.num_tokens[num_training_rows:].sum(),
+        validation_nll=losses.nll[num_training_rows:].sum(),
+        input_tokens=input_tokens,
+        aux_loss=aux_loss,
+    )
