@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.paired_batches import ValidationStream
 
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -50,7 +51,9 @@ def test_logs_carry_the_names_users_plot(make_trainer):
 
 
 def test_logged_validation_loss_is_the_loss_of_the_validation_rows(make_trainer, validation_dataset):
-    trainer = make_trainer(learning_rate=0.0, per_device_validation_batch_size=10, logging_steps=6)
+    trainer = make_trainer(
+        learning_rate=0.0, per_device_validation_batch_size=10, per_device_eval_batch_size=10, logging_steps=6
+    )
     trainer.train()
     logged = trainer.state.log_history[0]["validation_loss"]  # six batches, each of all ten rows
     assert logged == pytest.approx(trainer.evaluate(validation_dataset)["eval_loss"], abs=1e-4)
@@ -247,9 +250,13 @@ def test_rows_of_high_loss_lose_weight(make_trainer, selector_activation, select
         max_steps=30,
     )
     trainer.train()
-    weights = trainer.data_selector.weights()
-    assert weights[:10].max() < weights[10:].min()
-    assert set(trainer.curate(14 / 24)["completion"]) == {" yes it is"}
+    noise_weights, good_weights = trainer.data_selector.weights().split([10, 14])
+    auroc = (good_weights[:, None] > noise_weights).float().mean().item()
+    if selector_optimizer == "mirror_descent":
+        assert auroc == 1
+        assert set(trainer.curate(14 / 24)["completion"]) == {" yes it is"}
+    else:  # dense Adam also moves rows that are not in the batch
+        assert auroc > 0.8
 
 
 def test_row_with_nan_loss_is_skipped_counted_and_survived(make_trainer, build_model, tokenizer, tmp_path):
@@ -275,7 +282,8 @@ def test_row_with_nan_loss_is_skipped_counted_and_survived(make_trainer, build_m
     assert [index for index in range(24) if not scored[index]] == [5]
     assert trainer.data_selector.logits[5] == 0
     nonfinite = sum(entry.get("selector/nonfinite_rows", 0) for entry in trainer.state.log_history)
-    assert nonfinite == 2 + 4  # the training row twice; 48 validation rows are 4 passes over 10 and 8 more
+    # the training row once per epoch, the validation row as often as the stream of 2 * 24 rows holds it
+    assert nonfinite == 2 + ValidationStream(10, seed=7).rows(0, 48).count(9)
     assert all(parameter.isfinite().all() for name, parameter in trainer.model.named_parameters() if "lora" in name)
 
 
@@ -320,6 +328,7 @@ def test_qlora(make_trainer, build_model, tokenizer, tmp_path):
 
 def test_other_training_arguments_are_completed(build_model, tokenizer, train_dataset, validation_dataset, tmp_path):
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
+    defaults = BilevelSFTConfig(str(tmp_path), use_cpu=True)
     trainer = BilevelSFTTrainer(
         build_model(),
         SFTConfig(str(tmp_path), max_length=77, activation_checkpointing=False, save_strategy="no", **options),
@@ -329,7 +338,7 @@ def test_other_training_arguments_are_completed(build_model, tokenizer, train_da
     )
     assert isinstance(trainer.args, BilevelSFTConfig)
     assert trainer.args.max_length == 77
-    assert trainer.args.validation_weight == BilevelSFTConfig(str(tmp_path), use_cpu=True).validation_weight
+    assert trainer.args.validation_weight == defaults.validation_weight
     trainer.train()
 
 
@@ -337,14 +346,11 @@ def test_default_config_keeps_trls_defaults(tmp_path):
     config = BilevelSFTConfig(str(tmp_path), use_cpu=True)
     assert config.activation_checkpointing is True
     assert config.bf16 is True
-    assert (
-        BilevelSFTConfig(str(tmp_path), use_cpu=True, activation_checkpointing=False).gradient_checkpointing is False
-    )
+    config = BilevelSFTConfig(str(tmp_path), use_cpu=True, activation_checkpointing=False)
+    assert config.gradient_checkpointing is False
     with pytest.warns(FutureWarning, match="activation_checkpointing"):
-        assert (
-            BilevelSFTConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=False).activation_checkpointing
-            is False
-        )
+        config = BilevelSFTConfig(str(tmp_path), use_cpu=True, gradient_checkpointing=False)
+    assert config.activation_checkpointing is False
 
 
 def test_final_model_and_checkpoints_hold_the_selector_also_without_optimizer(make_trainer):

@@ -42,7 +42,7 @@ class BilevelSFTConfig(SFTConfig):
             `"mirror_descent"` moves the rows of the batch only, at a cost independent of the dataset's size. `"adam"`
             is dense Adam on all logits, the reference of the published codes.
         selector_learning_rate (`float`, *optional*):
-            Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 0.3 for mirror
+            Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 0.5 for mirror
             descent and 5e-3 for Adam.
         filter_ratio (`float`, *optional*, defaults to `0.0`):
             Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
@@ -53,8 +53,10 @@ class BilevelSFTConfig(SFTConfig):
 
         > Parameters that control the data and the memory
 
+        activation_checkpointing (`bool`, *optional*):
+            Trade compute for memory by recomputing activations. On, as in [`~trl.SFTConfig`], if not set.
         gradient_checkpointing (`bool`, *optional*):
-            Deprecated name of `activation_checkpointing`, which is on, as in [`~trl.SFTConfig`], if neither is set.
+            Deprecated name of `activation_checkpointing`.
         sample_id_column (`str`, *optional*):
             Column of the training dataset with a unique id per row (string or integer), reported in the curated
             dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position.
@@ -91,7 +93,7 @@ class BilevelSFTConfig(SFTConfig):
     )
     selector_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Step of the selector. If `None`, 0.3 for mirror descent and 5e-3 for Adam."},
+        metadata={"help": "Step of the selector. If `None`, 0.5 for mirror descent and 5e-3 for Adam."},
     )
     filter_ratio: float = field(
         default=0.0,
@@ -115,11 +117,13 @@ class BilevelSFTConfig(SFTConfig):
     )
 
     # TRL's default under its new name: as `gradient_checkpointing=True` it warns at every start
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Trade compute for memory by recomputing activations. On, as in `SFTConfig`, if not set."},
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata={
-            "help": "Deprecated by transformers, use `activation_checkpointing`, which is on if neither is set."
-        },
+        metadata={"help": "Deprecated name of `activation_checkpointing`."},
     )
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ OPERATIONS: dict[str, Operation] = {
     "length": Operation(_word, lambda word: str(len(word)), lambda word: str(len(word) + 1)),
     "add": Operation(_two_numbers, lambda a, b: str(int(a) + int(b)), lambda a, b: str(int(a) + int(b) + 1)),
 }
-BASE_OPERATIONS = ("reverse", "upper", "last", "length")
+BASE_OPERATIONS = ("reverse", "upper", "sort", "add")
 """What the base model knows before it is fine-tuned; the others are new to it."""
 
 FAULTS = ("none", "random", "wrong_rule")
@@ -66,8 +66,8 @@ def build_dataset(
     Example:
 
     ```python
-    >>> build_dataset(2, seed=0, operations=["upper"])["completion"]
-    [' ADFB', ' NIMGL']
+    >>> build_dataset(2, seed=0, operations=["upper"])["completion"][:]
+    [' GNK', ' JXFD']
 
     ```
     """

@@ -1,10 +1,13 @@
-"""A model of well under a million parameters, trained on the spot, and its score."""
+"""A model of well under a million parameters, and what it makes of rows of instructions and answers."""
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DataCollatorWithPadding, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ..losses import row_losses
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -30,25 +33,49 @@ def exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, b
     Share of rows whose greedy answer equals the completion, in [0, 1].
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the model; left in the mode it was in.
+        model (`PreTrainedModel` or `PeftModel`): left in eval mode.
         tokenizer (`PreTrainedTokenizerFast`): pads on the left.
         rows (`datasets.Dataset`): right answers, columns `prompt` and `completion`.
         batch_size (`int`): rows per call of `generate`.
     """
-    was_training = model.training
     model.eval()
     correct = 0
     for batch in rows.iter(batch_size=batch_size):
         inputs = tokenizer(batch["prompt"], return_tensors="pt", padding=True, return_token_type_ids=False)
         longest = max(len(completion) for completion in batch["completion"])
         outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
-        answers = outputs[:, inputs["input_ids"].shape[1] :]
-        for answer, completion in zip(answers, batch["completion"], strict=True):
-            tokens = (
-                answer[: (answer == tokenizer.eos_token_id).nonzero()[0]]
-                if tokenizer.eos_token_id in answer
-                else answer
-            )
-            correct += "".join(tokenizer.convert_ids_to_tokens(tokens)) == completion
-    model.train(was_training)
+        for answer, completion in zip(outputs[:, inputs["input_ids"].shape[1] :], batch["completion"], strict=True):
+            tokens = "".join(tokenizer.convert_ids_to_tokens(answer))
+            correct += tokens.partition(tokenizer.eos_token)[0] == completion
     return correct / len(rows)
+
+
+@torch.no_grad()
+def completion_losses(
+    model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, batch_size: int = 250
+) -> np.ndarray:
+    """
+    Mean negative log-likelihood per completion token of each row, in nats, shape (N,).
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): with TRL's fused head; left in eval mode.
+        tokenizer (`PreTrainedTokenizerFast`): one token per character, so that a prompt's length is its token count.
+        rows (`datasets.Dataset`): columns `prompt` and `completion`.
+        batch_size (`int`): rows per forward pass.
+    """
+    model.eval()
+    pad = DataCollatorWithPadding(tokenizer)
+    losses = []
+    for batch in rows.iter(batch_size=batch_size):
+        texts = [
+            prompt + completion + tokenizer.eos_token
+            for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
+        ]
+        inputs = pad(tokenizer(texts, return_token_type_ids=False)).data
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for row, prompt in enumerate(batch["prompt"]):
+            start = int(inputs["attention_mask"][row].argmax())
+            labels[row, start : start + len(prompt)] = -100
+        outputs = model(**inputs, labels=labels, fused_lm_head=True)
+        losses.append(row_losses(outputs.log_probs, outputs.label_mask).mean)
+    return torch.cat(losses).numpy()

@@ -1,0 +1,133 @@
+"""Wrong input: each gets an error that names the value and the cure, before training starts."""
+
+import math
+
+import pytest
+from conftest import prompt_completion_rows
+from datasets import Dataset, DatasetDict
+
+from trl_bilevel import BilevelSFTTrainer
+
+
+ROWS = prompt_completion_rows(24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection_method": "seal"}, "`selection_method` must be 'bds', got 'seal'"),
+        ({"selector_activation": "relu"}, "`selector_activation` must be 'softmax' or 'sigmoid', got 'relu'"),
+        ({"selector_optimizer": "sgd"}, "`selector_optimizer` must be 'mirror_descent' or 'adam', got 'sgd'"),
+        ({"loss_normalization": "batch"}, "`loss_normalization` must be 'token' or 'row', got 'batch'"),
+        ({"validation_weight": 0.0}, "larger than 0 and at most 1, got 0.0"),
+        ({"validation_weight": 1.1}, "larger than 0 and at most 1, got 1.1"),
+        ({"validation_weight": math.nan}, "larger than 0 and at most 1, got nan"),
+        ({"validation_weight_decay": -0.1}, "`validation_weight_decay` must be at least 0 and less than 1, got -0.1"),
+        ({"per_device_validation_batch_size": 0}, "must be at least 1, got 0"),
+        ({"selector_learning_rate": -1.0}, "`selector_learning_rate` must be a finite number, 0 or larger, got -1.0"),
+        ({"selector_learning_rate": math.inf}, "got inf"),
+        ({"filter_ratio": 1.0}, "`filter_ratio` must be at least 0 and less than 1, got 1.0"),
+        ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
+        ({"packing": True}, "`packing=True` and `padding_free=False`"),
+        ({"padding_free": True}, "Set both to False"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "Use 'random', 'sequential' or 'group_by_length'"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
+    ],
+)
+def test_wrong_options(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)
+
+
+def _with_ids(ids):
+    return ROWS.select(range(len(ids))).add_column("uid", ids)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "error", "message"),
+    [
+        ({"validation_dataset": None}, ValueError, "`validation_dataset` is missing. Pass a `datasets.Dataset`"),
+        ({"validation_dataset": ROWS.select([])}, ValueError, "`validation_dataset` is empty"),
+        ({"train_dataset": None}, ValueError, "`train_dataset` is missing"),
+        ({"train_dataset": ROWS.select([])}, ValueError, "`train_dataset` is empty"),
+        ({"train_dataset": ROWS.to_iterable_dataset()}, TypeError, "got `IterableDataset`.*materialise it"),
+        ({"validation_dataset": ROWS.to_iterable_dataset()}, TypeError, "`validation_dataset` must be"),
+        ({"train_dataset": DatasetDict(train=ROWS)}, TypeError, "got `DatasetDict`.*one split at a time"),
+        ({"validation_dataset": ROWS.to_list()}, TypeError, "got `list`"),
+        ({"train_dataset": ROWS.add_column("image", [0] * 24)}, ValueError, "image rows are not supported"),
+        ({"train_dataset": ROWS.add_column("rank", [0] * 24)}, ValueError, r"remove_columns\(\['rank'\]\)"),
+        (
+            {"validation_dataset": Dataset.from_dict({"text": ["good"] * 8})},
+            ValueError,
+            "must both be prompt-completion datasets, or neither",
+        ),
+        (
+            {"train_dataset": ROWS.select(range(3))},
+            ValueError,
+            "`train_dataset` has 3 rows .* fewer than one batch of 4",
+        ),
+        ({"train_dataset": ROWS.select([0])}, ValueError, "`train_dataset` has 1 rows"),
+        (
+            {"validation_dataset": prompt_completion_rows(2, 900)},
+            ValueError,
+            "`validation_dataset` has 2 rows .* Lower `per_device_validation_batch_size`",
+        ),
+    ],
+)
+def test_wrong_datasets(make_trainer, datasets, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(**datasets)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (ROWS, ValueError, r"`sample_id_column='uid'` is not a column .* \['prompt', 'completion'\]"),
+        (_with_ids(["a", "b", "a", "c"]), ValueError, r"1 rows repeat an id .* 'a' \(2 times\)"),
+        (_with_ids(["a", None, "b", None]), ValueError, "2 of 4 rows have no id in the column 'uid'"),
+        (_with_ids([0.5, 1.5, 2.5, 3.5]), TypeError, "has type double. Cast it"),
+        (_with_ids([1, 2, 3, 4]).add_column("sample_id", list("abcd")), ValueError, "Drop or rename that column"),
+    ],
+)
+def test_wrong_sample_ids(make_trainer, rows, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(train_dataset=rows, sample_id_column="uid")
+
+
+def test_nothing_is_loaded_before_the_datasets_are_checked(make_config, train_dataset):
+    with pytest.raises(ValueError, match="`validation_dataset` is missing"):
+        BilevelSFTTrainer("/no/such/model", make_config(), train_dataset=train_dataset)
+
+
+def test_shared_rows_are_counted(make_trainer):
+    trusted = Dataset.from_list([*ROWS.select([3, 9]), *prompt_completion_rows(8, 1000)])
+    with pytest.warns(UserWarning, match="2 training rows are also in `validation_dataset`"):
+        make_trainer(validation_dataset=trusted)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "validation_dataset"])
+def test_dataset_without_any_completion_token_left(make_trainer, name):
+    rows = Dataset.from_list([{"prompt": "long " * 20, "completion": " lost"}] * 8)
+    with pytest.raises(ValueError, match=f"No row of `{name}` has a completion token left .* max_length=40"):
+        make_trainer(max_length=40, **{name: rows})
+
+
+def test_dropped_rows_are_reported(make_trainer, caplog):
+    rows = Dataset.from_list([*ROWS, {"prompt": "long " * 20, "completion": " lost"}])
+    make_trainer(train_dataset=rows, max_length=40)
+    assert "1 of 25 training rows have no completion token left" in caplog.text
+
+
+def test_loss_function_of_the_user_is_refused(make_trainer):
+    with (
+        pytest.warns(FutureWarning, match="compute_loss_func"),
+        pytest.raises(ValueError, match="`compute_loss_func` is not supported"),
+    ):
+        make_trainer(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum())
+
+
+@pytest.mark.parametrize("keep_ratio", [0, -0.5, 1.5, math.nan])
+def test_wrong_keep_ratio(make_trainer, keep_ratio):
+    with pytest.raises(ValueError, match=f"larger than 0 and at most 1, got {keep_ratio}"):
+        make_trainer().curate(keep_ratio)

@@ -1,0 +1,115 @@
+"""The command line, as a user calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import prompt_completion_rows
+from datasets import DatasetDict, load_dataset
+
+from trl_bilevel import __version__
+from trl_bilevel.cli import main
+from trl_bilevel.dataset_loading import load_split
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _run(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer, build_model):
+    """A model, a mixture and trusted rows on disk."""
+    folder = tmp_path_factory.mktemp("files")
+    build_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    prompt_completion_rows(24).to_json(folder / "mixture.jsonl")
+    prompt_completion_rows(10, 1000).save_to_disk(folder / "trusted")
+    (folder / "parquet").mkdir()
+    prompt_completion_rows(10, 1000).to_parquet(folder / "parquet" / "train.parquet")
+    return folder
+
+
+def _training_options(files, output_dir):
+    return [
+        "--model_name_or_path", str(files / "model"),
+        "--dataset_name", str(files / "mixture.jsonl"),
+        "--validation_dataset_name", str(files / "trusted"),
+        "--output_dir", str(output_dir),
+        "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "0.01",
+        "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no",
+    ]  # fmt: skip
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert __version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", "--help"])
+    assert stop.value.code == 0
+    assert "--validation_weight" in capsys.readouterr().out
+
+
+def test_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fine-tune"])
+    assert stop.value.code == 2
+    assert "'fine-tune' (choose from" in capsys.readouterr().err
+
+
+def test_sft_trains_curates_and_saves(files, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "use_peft: true\nlora_r: 4\nlora_target_modules: [all-linear]\nkeep_ratio: 0.5\nnum_processes: 1\n"
+    )
+    command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft", "--config", str(config)]
+    # `--num_machines` belongs to `accelerate launch`, `--seed` to the script
+    result = _run(*command, *_training_options(files, tmp_path / "out"), "--num_machines", "1", "--seed", "1")
+    assert result.returncode == 0, result.stderr
+    assert "validation_loss" in result.stdout
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "data_selector.safetensors").is_file()
+    curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(curated) == 12
+    assert curated.column_names[:2] == ["prompt", "completion"]
+
+
+def test_sft_refuses_unknown_options_before_training(files, tmp_path):
+    command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft"]
+    result = _run(*command, *_training_options(files, tmp_path / "out"), "--validation_wieght", "0.5")
+    assert result.returncode != 0
+    assert "--validation_wieght" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_example_runs(files, tmp_path):
+    options = _training_options(files, tmp_path / "out")
+    options[options.index(str(files / "mixture.jsonl"))] = str(files / "parquet")
+    options[options.index(str(files / "trusted"))] = str(files / "parquet")
+    result = _run(sys.executable, str(EXAMPLES / "bilevel_sft.py"), *options)
+    assert result.returncode == 0, result.stderr
+    assert "10 training rows are also in `validation_dataset`" in result.stderr
+    assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 7
+
+
+def test_local_folders_and_files_load(files, tmp_path):
+    rows = prompt_completion_rows(10, 1000).to_list()
+    assert load_split(str(files / "trusted"), None, "train").to_list() == rows
+    assert load_split(str(files / "parquet"), None, "train").to_list() == rows
+    assert load_split(str(files / "parquet" / "train.parquet"), None, "train").to_list() == rows
+    prompt_completion_rows(10, 1000).to_csv(tmp_path / "rows.csv")
+    assert load_split(str(tmp_path / "rows.csv"), None, "train").to_list() == rows
+    DatasetDict(test=prompt_completion_rows(10, 1000)).save_to_disk(tmp_path / "splits")
+    assert load_split(str(tmp_path / "splits"), None, "test").to_list() == rows
+    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
+        load_split(str(tmp_path / "splits"), None, "train")
+    (tmp_path / "rows.txt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"rows.txt is not a dataset file. Use one that ends with .csv, .json"):
+        load_split(str(tmp_path / "rows.txt"), None, "train")

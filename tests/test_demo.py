@@ -1,0 +1,112 @@
+"""The demo on a fraction of its data: what it computes, writes and prints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from trl_bilevel.cli import main
+from trl_bilevel.demo import tiny_model
+from trl_bilevel.demo.comparison import DemoArguments, area_under_roc
+from trl_bilevel.demo.planted_faults import OPERATIONS, build_dataset, build_tokenizer
+
+
+def test_planted_faults_are_faults_and_nothing_else_is():
+    rows = build_dataset(500, seed=0, fault_ratio=0.7, random_share=0.2)
+    assert [rows["fault"][:].count(kind) for kind in ("none", "random", "wrong_rule")] == [150, 70, 280]
+    for row in rows:
+        name, *arguments = row["prompt"].removesuffix(" =").split()
+        operation = OPERATIONS[name]
+        right = row["completion"] == f" {operation.right(*arguments)}"
+        assert right == (row["fault"] == "none")
+        if row["fault"] == "wrong_rule" and operation.wrong(*arguments) != operation.right(*arguments):
+            assert row["completion"] == f" {operation.wrong(*arguments)}"
+
+
+def test_wrong_rules_are_consistent():
+    """The same instruction gets the same wrong answer, so that a model can learn it."""
+    for operation in OPERATIONS.values():
+        arguments = ("abcde",) if operation.right is not OPERATIONS["add"].right else ("3", "4")
+        assert operation.wrong(*arguments) == operation.wrong(*arguments) != operation.right(*arguments)
+
+
+def test_datasets_are_reproducible():
+    assert build_dataset(50, seed=3, fault_ratio=0.5).to_list() == build_dataset(50, seed=3, fault_ratio=0.5).to_list()
+    assert build_dataset(50, seed=3).to_list() != build_dataset(50, seed=4).to_list()
+
+
+def test_area_under_roc_counts_pairs():
+    generator = np.random.default_rng(0)
+    scores, positive = generator.integers(0, 5, 40), generator.random(40) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a in scores[positive] for b in scores[~positive]]
+    assert area_under_roc(scores, positive) == pytest.approx(np.mean(pairs))
+
+
+def test_completion_losses_are_those_of_the_answers():
+    from trl.trainer.utils import add_fused_lm_head
+
+    tokenizer = build_tokenizer()
+    model = tiny_model.build_model(tokenizer, seed=0).eval()
+    add_fused_lm_head(model, outputs=("log_probs",))
+    rows = build_dataset(7, seed=0)
+    losses = tiny_model.completion_losses(model, tokenizer, rows, batch_size=3)
+    for row, loss in zip(rows, losses, strict=True):
+        tokens = torch.tensor(tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"])
+        start = len(row["prompt"])
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, start - 1 : -1]
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, tokens[start:]).item(), abs=1e-5)
+
+
+def test_exact_match_of_a_model_that_always_says_the_same():
+    tokenizer = build_tokenizer()
+
+    class Parrot(torch.nn.Module):
+        def generate(self, input_ids, **kwargs):
+            answer = tokenizer(" AB<eos><pad>", return_tensors="pt")["input_ids"]
+            return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
+
+    rows = build_dataset(3, seed=0, operations=["upper"]).remove_columns("completion")
+    rows = rows.add_column("completion", [" AB", " ABC", " AB"])
+    assert tiny_model.exact_match(Parrot(), tokenizer, rows) == pytest.approx(2 / 3)
+
+
+@pytest.fixture(scope="module")
+def demo_output(tmp_path_factory):
+    """The command itself, on a small scale, with options from a YAML file and from the command line."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = folder / "demo.yaml"
+    config.write_text("num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\n")
+    assert main(["demo", "--config", str(config), "--output_dir", str(folder / "out"), "--seed", "3"]) == 0
+    return folder / "out"
+
+
+def test_demo_writes_a_dataset_any_script_can_load(demo_output, tmp_path):
+    curated = load_dataset(str(demo_output / "curated"), split="train", cache_dir=str(tmp_path))
+    assert len(curated) == 96  # 30 % of 320
+    assert curated.column_names == [
+        "prompt", "completion", "fault", "sample_id", "weight", "rank", "scored", "response_source",
+    ]  # fmt: skip
+    assert sorted(curated["rank"]) == list(range(1, 97))
+
+
+def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
+    base = AutoModelForCausalLM.from_pretrained(demo_output / "base_model")
+    model = PeftModel.from_pretrained(base, demo_output / "adapter")
+    assert any("lora" in name for name, _ in model.named_parameters())
+    config = json.loads((demo_output / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 32
+
+
+def test_demo_writes_a_figure(demo_output):
+    assert (demo_output / "weights.png").read_bytes().startswith(b"\x89PNG")
+    assert (demo_output / "weights.png").stat().st_size > 10_000
+
+
+def test_demo_without_faults_is_refused():
+    with pytest.raises(ValueError, match=r"`fault_ratio` must be larger than 0 and less than 1, got 1.0"):
+        DemoArguments(fault_ratio=1.0)

@@ -1,0 +1,40 @@
+"""Datasets named on the command line: on the Hub, in a local folder, or in a file."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+
+_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_split(name: str, config: str | None, split: str) -> Dataset:
+    """
+    Load one split.
+
+    Args:
+        name (`str`): a dataset on the Hub; a folder written by `save_to_disk`, or of data files; or one CSV, JSON,
+            JSON lines or Parquet file.
+        config (`str`, *optional*): configuration of the dataset; not for files and `save_to_disk` folders.
+        split (`str`): name of the split. Data files without splits are the split `train`.
+
+    Returns:
+        `datasets.Dataset`: the split.
+
+    Raises:
+        `ValueError`: for a file of another type, or a split that does not exist.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
+        loaded = load_dataset(_BUILDERS[path.suffix], data_files=str(path))
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded = load_from_disk(name)
+    else:
+        loaded = load_dataset(name, name=config)
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"The dataset {name} has no split {split!r}, only {sorted(loaded)}.")
+        loaded = loaded[split]
+    return loaded

@@ -1,0 +1,1 @@
+"""What the subcommands of `trl-bilevel` run."""

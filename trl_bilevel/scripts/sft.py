@@ -1,0 +1,127 @@
+"""
+`trl-bilevel sft`: fine-tune on a dataset of mixed quality, guided by a small dataset you trust.
+
+```bash
+trl-bilevel sft \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name mixture.jsonl \
+    --validation_dataset_name trusted.jsonl \
+    --use_peft \
+    --keep_ratio 0.7 \
+    --output_dir Qwen3-0.6B-BilevelSFT
+```
+
+All options of `trl sft` work, a YAML file with `--config`, and those of `accelerate launch`. Datasets are names on the
+Hub, local folders or files.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.dataset_loading import load_split
+
+
+@dataclass
+class BilevelScriptArguments(ScriptArguments):
+    """
+    Arguments of the script, besides those of TRL's scripts.
+
+    Args:
+        validation_dataset_name (`str`): the trusted dataset: a name on the Hub, a local folder or a file.
+        validation_dataset_config (`str`, *optional*): its configuration.
+        validation_dataset_split (`str`): its split, `train` by default.
+        keep_ratio (`float`, *optional*): share of training rows in the curated dataset; all rows, scored, by default.
+    """
+
+    validation_dataset_name: str | None = field(
+        default=None, metadata={"help": "The trusted dataset: a name on the Hub, a local folder or a file."}
+    )
+    validation_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the trusted dataset."}
+    )
+    validation_dataset_split: str = field(default="train", metadata={"help": "Split of the trusted dataset."})
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of training rows in the curated dataset, in (0, 1]. All rows, scored, if not given."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {self.keep_ratio}.")
+
+
+def main(
+    script_args: BilevelScriptArguments,
+    training_args: BilevelSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    from trl import get_dataset, get_peft_config, get_quantization_config
+
+    if script_args.validation_dataset_name is None:
+        raise ValueError("`--validation_dataset_name` is missing. Name the dataset you trust.")
+    if dataset_args.streaming or script_args.dataset_streaming:
+        raise ValueError("Streaming datasets are not supported: row weights need rows that can be counted.")
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
+
+    eval_dataset = None
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        train_dataset = mixture[script_args.dataset_train_split]
+        if training_args.eval_strategy != "no":
+            eval_dataset = mixture[script_args.dataset_test_split]
+    elif script_args.dataset_name:
+        name, config = script_args.dataset_name, script_args.dataset_config
+        train_dataset = load_split(name, config, script_args.dataset_train_split)
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_split(name, config, script_args.dataset_test_split)
+    else:
+        raise ValueError("Either `datasets` or `--dataset_name` must be given.")
+    validation_dataset = load_split(
+        script_args.validation_dataset_name,
+        script_args.validation_dataset_config,
+        script_args.validation_dataset_split,
+    )
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = BilevelSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        validation_dataset=validation_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if trainer.is_world_process_zero():
+        curated = trainer.curate(script_args.keep_ratio)
+        path = Path(training_args.output_dir) / "curated" / "train.parquet"
+        curated.to_parquet(path)
+        trainer.accelerator.print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
+    trainer.end()
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+if __name__ == "__main__":
+    # Options of `accelerate launch` may stand in the same YAML file
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
