@@ -1,6 +1,5 @@
 """Models and datasets of the tests: built from a config, the tokenizer trained on the spot. Nothing is downloaded."""
 
-import copy
 import os
 
 
@@ -22,6 +21,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
@@ -40,8 +40,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: every string of the tests, whatever its script, has tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,23 +57,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _build(config: PreTrainedConfig) -> torch.nn.Module:
-    torch.manual_seed(0)
-    # A copy: trainers write the tokenizer's special tokens into the config of their model
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-
-
-@pytest.fixture(scope="session")
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., torch.nn.Module]:
-    """Build a tiny model of a family, the same parameters at every call."""
+def build_tiny_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A tiny model of a family, the same parameters at every call."""
     shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    configs: dict[str, PreTrainedConfig] = {
-        "llama": LlamaConfig(**shape, **sizes, num_key_value_heads=2),
-        "gpt2": GPT2Config(
+    config: PreTrainedConfig
+    if family == "llama":
+        config = LlamaConfig(**shape, **sizes, num_key_value_heads=2)
+    elif family == "gpt2":
+        config = GPT2Config(
             **shape, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-        ),
-        "qwen3_moe": Qwen3MoeConfig(
+        )
+    else:
+        config = Qwen3MoeConfig(
             **shape,
             **sizes,
             num_key_value_heads=2,
@@ -84,9 +79,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., torch.nn.Mo
             num_experts_per_tok=2,
             decoder_sparse_step=1,
             output_router_logits=True,
-        ),
-    }
-    return lambda family="llama": _build(configs[family])
+        )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    return lambda family="llama": build_tiny_model(family, tokenizer)
 
 
 def prompt_completion_rows(num_rows: int, offset: int = 0) -> Dataset:
@@ -135,7 +140,7 @@ def make_config(tmp_path: Path) -> Callable[..., BilevelSFTConfig]:
 
 @pytest.fixture
 def make_trainer(
-    build_model: Callable[..., torch.nn.Module],
+    build_model: Callable[..., PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     train_dataset: Dataset,
     validation_dataset: Dataset,

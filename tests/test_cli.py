@@ -67,7 +67,7 @@ def test_unknown_command_names_the_known_ones(capsys):
 def test_sft_trains_curates_and_saves(files, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "use_peft: true\nlora_r: 4\nlora_target_modules: [all-linear]\nkeep_ratio: 0.5\nnum_processes: 1\n"
+        "use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\nkeep_ratio: 0.5\nnum_processes: 1\n"
     )
     command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft", "--config", str(config)]
     # `--num_machines` belongs to `accelerate launch`, `--seed` to the script

@@ -1,0 +1,208 @@
+"""
+What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer` against `SFTTrainer`.
+
+Both train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
+one plain batch. Runs alternate, the first steps of each are left out, and the table shows medians of the pairs' ratios
+with their range. Peak memory is taken in processes of their own, above what the process held before training.
+
+```bash
+python benchmarks/step_cost.py
+```
+
+Runs on a GPU unchanged if there is one.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.demo.planted_faults import build_tokenizer
+from trl_bilevel.paired_batches import ValidationStream
+
+
+METHODS = ("sft", "bds")
+
+
+@dataclass
+class BenchmarkArguments:
+    """
+    Options of the benchmark.
+
+    Args:
+        num_pairs (`int`): how often both methods run, in alternation.
+        num_steps (`int`): timed optimizer steps of a run.
+        num_warmup_steps (`int`): steps before them.
+        batch_size (`int`): training rows per step; as many validation rows join them.
+        sequence_length (`int`): longest row, tokens; rows are between half of it and all of it.
+        hidden_size (`int`): width of the four-layer Llama.
+        vocab_size (`int`): its vocabulary.
+        only (`str`, *optional*): internal; run one method once and print its peak memory.
+    """
+
+    num_pairs: int = 9
+    num_steps: int = 20
+    num_warmup_steps: int = 3
+    batch_size: int = 16
+    sequence_length: int = 96
+    hidden_size: int = 128
+    vocab_size: int = 8000
+    only: str | None = None
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every optimizer step, from its first forward pass to the end of its updates."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._now() - self._started)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def random_rows(num_rows: int, args: BenchmarkArguments, seed: int) -> Dataset:
+    """Tokenized rows of random tokens and lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    shortest = args.sequence_length // 2
+    lengths = torch.randint(shortest, args.sequence_length + 1, (num_rows,), generator=generator).tolist()
+    tokens = [torch.randint(3, args.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+
+
+def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[list[float], float]:
+    """Seconds of each timed step, and the peak memory of the training in MiB."""
+    num_steps = args.num_warmup_steps + args.num_steps
+    training = random_rows(num_steps * args.batch_size, args, seed=1)
+    validation = random_rows(2 * args.batch_size, args, seed=2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=2 * args.hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    clock = StepClock()
+    with tempfile.TemporaryDirectory() as output_dir:
+        options: dict[str, Any] = {
+            "output_dir": output_dir,
+            "max_steps": num_steps,
+            "train_sampling_strategy": "sequential",
+            "bf16": torch.cuda.is_available(),
+            "activation_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 10,
+            "disable_tqdm": True,
+        }
+        arguments: dict[str, Any] = {
+            "model": LlamaForCausalLM(config),
+            "processing_class": tokenizer,
+            "peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            "callbacks": [clock],
+        }
+        if method == "sft":
+            stream = ValidationStream(len(validation), seed=42)
+            rows: list[dict[str, Any]] = []
+            for step in range(num_steps):
+                rows += training.select(range(step * args.batch_size, (step + 1) * args.batch_size)).to_list()
+                rows += [validation[row] for row in stream.rows(step * args.batch_size, (step + 1) * args.batch_size)]
+            trainer = SFTTrainer(
+                args=SFTConfig(per_device_train_batch_size=2 * args.batch_size, **options),
+                train_dataset=Dataset.from_list(rows),
+                **arguments,
+            )
+        else:
+            trainer = BilevelSFTTrainer(
+                args=BilevelSFTConfig(per_device_train_batch_size=args.batch_size, **options),
+                train_dataset=training,
+                validation_dataset=validation,
+                **arguments,
+            )
+        trainer.remove_callback(PrinterCallback)
+        before = _peak_mib()
+        trainer.train()
+    return clock.seconds[args.num_warmup_steps :], _peak_mib() - (0 if torch.cuda.is_available() else before)
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def peak_memory_in_own_process(method: str, args: BenchmarkArguments) -> float:
+    """Peak memory of one run in MiB."""
+    options = [f"--{name}={value}" for name, value in vars(args).items() if name != "only"]
+    command = [sys.executable, __file__, *options, f"--only={method}"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(json.loads(output.splitlines()[-1])["peak_mib"])
+
+
+def main(args: BenchmarkArguments) -> None:
+    """Run the pairs and print the table."""
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    tokenizer = build_tokenizer()
+    if args.only is not None:
+        print(json.dumps({"peak_mib": run(args.only, args, tokenizer)[1]}))
+        return
+    console = Console()
+    medians: dict[str, list[float]] = {method: [] for method in METHODS}
+    peaks: dict[str, list[float]] = {method: [] for method in METHODS}
+    for pair in track(range(args.num_pairs), description="Step time", console=console):
+        for method in METHODS if pair % 2 == 0 else reversed(METHODS):
+            medians[method].append(statistics.median(run(method, args, tokenizer)[0]))
+    for _ in track(range(5), description="Memory", console=console):
+        for method in METHODS:
+            peaks[method].append(peak_memory_in_own_process(method, args))
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"{device}; {args}")
+    table = Table()
+    for column in ("measure", "SFTTrainer", "BilevelSFTTrainer", "ratio", "range of the pairs' ratios"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for name, values in (("step time, ms", medians), ("peak memory, MiB", peaks)):
+        scale = 1000 if values is medians else 1
+        sft, bds = (statistics.median(values[method]) * scale for method in METHODS)
+        ratios = [bds / sft for sft, bds in zip(*(values[method] for method in METHODS), strict=True)]
+        table.add_row(
+            name,
+            f"{sft:.1f}",
+            f"{bds:.1f}",
+            f"{statistics.median(ratios):.3f}",
+            f"{min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)} pairs)",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main(*TrlParser(BenchmarkArguments).parse_args_and_config())

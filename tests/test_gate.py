@@ -1,0 +1,64 @@
+"""The gate besides behaviour: style, types, and that what is shipped is what is documented."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import SFTConfig
+
+from trl_bilevel import BilevelSFTConfig
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_style_and_types(command):
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def _own_fields():
+    inherited = {option.name for option in fields(SFTConfig)}
+    return [option for option in fields(BilevelSFTConfig) if option.name not in inherited]
+
+
+@pytest.mark.parametrize("option", _own_fields(), ids=lambda option: option.name)
+def test_documented_defaults_are_the_real_ones(option):
+    documented = re.search(rf"^\s+{option.name} \((.*?)\):$", BilevelSFTConfig.__doc__, flags=re.MULTILINE)
+    assert documented, f"{option.name} is not in the docstring of BilevelSFTConfig"
+    default = re.search(r"defaults to `(.*)`", documented[1])
+    assert (ast.literal_eval(default[1]) if default else None) == option.default
+    assert option.metadata["help"]
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, requirements):
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+        assert importlib.metadata.version(requirement.name).startswith(pins[requirement.name]), requirement
+
+
+def test_no_file_names_a_package_registry_or_model_hub_host():
+    hosts = ["pypi" + ".org", "huggingface" + ".co", "files.python" + "hosted"]
+    for path in ROOT.rglob("*"):
+        if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml"} and not {".git", ".venv"} & set(path.parts):
+            text = path.read_text()
+            assert not any(host in text for host in hosts), path

@@ -1,0 +1,34 @@
+"""Two processes see the same global batches as one, and learn the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+WORKER = Path(__file__).with_name("processes_worker.py")
+
+
+def _train(folder: Path, num_processes: int, per_device_batch_size: int) -> list[dict]:
+    folder.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command = [*launcher, str(WORKER), str(folder), str(per_device_batch_size), "24"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(num_processes)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Invariant 2: 1 x 8 rows = 2 processes x 4."""
+    (one,) = _train(tmp_path / "one", 1, 8)
+    first, second = _train(tmp_path / "two", 2, 4)
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)
+    for name in ("loss", "validation_loss", "training_loss", "num_tokens", "selector/filtered_ratio"):
+        values = [[entry[name] for entry in run["logs"] if name in entry] for run in (one, first)]
+        assert values[1] == pytest.approx(values[0], abs=1e-5), name
