@@ -207,6 +207,25 @@ def test_formatting_func_and_pretokenized_rows(make_trainer, tokenizer):
     assert torch.equal(formatted.data_selector.weights(), tokenized.data_selector.weights())
 
 
+def test_rows_prepared_by_a_transform(make_trainer, tokenizer):
+    """`skip_prepare_dataset` with a transform that returns token columns only, not the ids of the rows."""
+
+    def tokenize(rows):
+        texts = [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True)]
+        tokens = tokenizer(texts)["input_ids"]
+        return {"input_ids": tokens, "labels": tokens}
+
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = make_trainer(
+        train_dataset=prompt_completion_rows(24).with_transform(tokenize),
+        validation_dataset=prompt_completion_rows(10, 1000).with_transform(tokenize),
+        **options,
+    )
+    trainer.train()
+    _assert_learned(trainer)
+    assert trainer.data_selector.scored.all()
+
+
 def test_evaluation_never_reaches_the_selector(make_trainer, validation_dataset):
     held_out = {"a": prompt_completion_rows(6, 500), "b": prompt_completion_rows(5, 600)}
     plain, evaluated = (

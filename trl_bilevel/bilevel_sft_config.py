@@ -42,7 +42,7 @@ class BilevelSFTConfig(SFTConfig):
             `"mirror_descent"` moves the rows of the batch only, at a cost independent of the dataset's size. `"adam"`
             is dense Adam on all logits, the reference of the published codes.
         selector_learning_rate (`float`, *optional*):
-            Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 0.5 for mirror
+            Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 1 for mirror
             descent and 5e-3 for Adam.
         filter_ratio (`float`, *optional*, defaults to `0.0`):
             Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
@@ -93,7 +93,7 @@ class BilevelSFTConfig(SFTConfig):
     )
     selector_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Step of the selector. If `None`, 0.5 for mirror descent and 5e-3 for Adam."},
+        metadata={"help": "Step of the selector. If `None`, 1 for mirror descent and 5e-3 for Adam."},
     )
     filter_ratio: float = field(
         default=0.0,

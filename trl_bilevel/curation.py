@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 
 SAMPLE_ID_COLUMN = "sample_id"
@@ -51,15 +51,15 @@ def curate_dataset(
     best_first = np.lexsort((np.arange(num_rows), ~scored, -weights))  # (N,), the last key sorts first
     rank = np.empty(num_rows, dtype=np.int64)
     rank[best_first] = np.arange(1, num_rows + 1)
+    columns = {
+        "weight": weights.astype(np.float64),
+        "rank": rank,
+        "scored": scored,
+        "response_source": pa.array(["original"] * num_rows),
+    }
     if SAMPLE_ID_COLUMN not in dataset.column_names:
-        dataset = dataset.add_column(SAMPLE_ID_COLUMN, sample_ids.to_pylist())
-    for name, column in (
-        ("weight", weights.astype(np.float64)),
-        ("rank", rank),
-        ("scored", scored),
-        ("response_source", np.full(num_rows, "original")),
-    ):
-        dataset = dataset.add_column(name, column)
+        columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}
+    dataset = concatenate_datasets([dataset, Dataset(pa.table(columns))], axis=1)
     if keep_ratio is None:
         return dataset
     num_kept = max(1, round(keep_ratio * num_rows))

@@ -19,7 +19,7 @@ _LARGEST_EXPONENT = 200.0
 _SMALLEST_TOTAL_RATIO = 1e-6
 
 SelectorOptimizer = Literal["mirror_descent", "adam"]
-DEFAULT_LEARNING_RATE: dict[SelectorOptimizer, float] = {"mirror_descent": 0.5, "adam": 5e-3}
+DEFAULT_LEARNING_RATE: dict[SelectorOptimizer, float] = {"mirror_descent": 1.0, "adam": 5e-3}
 
 
 class SelectorStatistics(NamedTuple):
@@ -47,7 +47,7 @@ class DataSelector:
             each on its own. Both are reported with mean 1.
         optimizer (`"mirror_descent"` or `"adam"`): `"adam"` is dense Adam on all N logits, O(N) per update, the
             reference of the published codes (SEAL, BIPOST), kept for comparison.
-        learning_rate (`float`, *optional*): for mirror descent the step in logits per nat of excess loss, 0.5 if not
+        learning_rate (`float`, *optional*): for mirror descent the step in logits per nat of excess loss, 1 if not
             given; for Adam its usual rate, 5e-3 if not given.
 
     Raises:

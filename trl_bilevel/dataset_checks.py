@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from pandas.util import hash_pandas_object
 
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN
@@ -105,7 +107,7 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
             "the curated dataset reports ids. Drop or rename that column."
         )
     if column is None:
-        return pa.chunked_array([pa.array(range(len(dataset)), type=pa.int64())])
+        return pa.chunked_array([pa.array(np.arange(len(dataset)))])
     if column not in dataset.column_names:
         raise ValueError(
             f"`sample_id_column={column!r}` is not a column of `train_dataset`, which has {dataset.column_names}."
@@ -132,14 +134,14 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
 
 def fingerprint_ids(ids: pa.ChunkedArray) -> str:
     """A short digest of the ids in their order, to tell on resume whether the rows are still the same."""
-    digest = hashlib.sha256()
-    for batch in ids.chunks:
-        digest.update("\n".join(map(repr, batch.to_pylist())).encode() + b"\n")
-    return digest.hexdigest()[:16]
+    row_hashes = hash_pandas_object(ids.to_pandas(), index=False).to_numpy()  # (N,), the same in every session
+    return hashlib.sha256(row_hashes.tobytes()).hexdigest()[:16]
 
 
 def warn_about_shared_rows(training: Dataset, validation: Dataset) -> None:
     """Warn how many prepared training rows are, token for token, also validation rows."""
+    if not {"input_ids"} <= {*training.column_names} & {*validation.column_names}:
+        return  # the user's collator tokenizes
     trusted = set(_token_bytes(validation))
     shared = sum(tokens in trusted for tokens in _token_bytes(training))
     if shared:

@@ -115,6 +115,9 @@ class PairedDataset(TorchDataset):
     """
 
     def __init__(self, training: Dataset, validation: Dataset):
+        # Read here, once: a transform of the user's may return rows without this column
+        column = training.select_columns([SAMPLE_INDEX_COLUMN]).with_format("numpy")[:]
+        self.sample_indices = column[SAMPLE_INDEX_COLUMN]  # (len(training),)
         self.training = training
         self.validation = validation
 
@@ -126,7 +129,11 @@ class PairedDataset(TorchDataset):
 
     def __getitems__(self, indices: list[PairedIndex]) -> list[dict[str, Any]]:
         """The rows of a batch, training rows first; PyTorch's fetcher calls this once per batch."""
-        training_rows = self.training.__getitems__([index.training for index in indices])
+        training_indices = [index.training for index in indices]
+        training_rows = [
+            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[index])}
+            for index, row in zip(training_indices, self.training.__getitems__(training_indices), strict=True)
+        ]
         validation_indices = [row for index in indices for row in index.validation]
         validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
         return training_rows + validation_rows
