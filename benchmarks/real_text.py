@@ -2,7 +2,7 @@
 Ranking real text with a tiny model trained from nothing: GSM8K rows against rows of another task, and against rows of
 their own task with another question's answer.
 
-The training set is GSM8K's, mixed with an Alpaca sample and safety instructions; 300 of GSM8K's test rows are trusted.
+The training set is GSM8K's, mixed with an Alpaca sample and safety instructions; rows of GSM8K's test set are trusted.
 Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question`, `answer`), `alpaca_en_1k.json` and
 `safety_instructions.json` (columns `instruction`, `input`, `output`).
 
@@ -41,6 +41,7 @@ class BenchmarkArguments:
     Args:
         data_dir (`str`): folder with the four files.
         num_seeds (`int`): seeds of the model, the corruption and the training.
+        num_trusted_rows (`int`): rows of GSM8K's test set that are trusted.
         corrupted_ratio (`float`): share of GSM8K rows that get another question's answer in the second setting.
         max_length (`int`): tokens of a row.
         num_train_epochs (`int`): epochs.
@@ -48,6 +49,7 @@ class BenchmarkArguments:
 
     data_dir: str = "../shared/data"
     num_seeds: int = 3
+    num_trusted_rows: int = 300
     corrupted_ratio: float = 0.4
     max_length: int = 192
     num_train_epochs: int = 1
@@ -159,7 +161,7 @@ def main(args: BenchmarkArguments) -> None:
         "right GSM8K rows over swapped ones": [],
     }
     for seed in track(range(args.num_seeds), description="Seeds", console=console):
-        trusted = rows["gsm8k_test"].shuffle(seed=seed).select(range(300))
+        trusted = rows["gsm8k_test"].shuffle(seed=seed).select(range(args.num_trusted_rows))
         weights = learn_weights(concatenate_datasets([rows["gsm8k_train"], off_task]), trusted, args, seed)
         results["GSM8K over other tasks"].append(area_under_roc(weights, is_on_task))
 

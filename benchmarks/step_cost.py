@@ -3,7 +3,7 @@ What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer` agai
 
 Both train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
 one plain batch. Runs alternate, the first steps of each are left out, and the table shows medians of the pairs' ratios
-with their range. Peak memory is taken in processes of their own, above what the process held before training.
+with their range. Peak memory is taken in processes of their own; on a CPU, above what they held before training.
 
 ```bash
 python benchmarks/step_cost.py
@@ -12,15 +12,16 @@ python benchmarks/step_cost.py
 Runs on a GPU unchanged if there is one.
 """
 
+import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class BenchmarkArguments:
         num_pairs (`int`): how often both methods run, in alternation.
         num_steps (`int`): timed optimizer steps of a run.
         num_warmup_steps (`int`): steps before them.
+        num_memory_runs (`int`): processes per method that peak memory is taken from.
         batch_size (`int`): training rows per step; as many validation rows join them.
         sequence_length (`int`): longest row, tokens; rows are between half of it and all of it.
         hidden_size (`int`): width of the four-layer Llama.
@@ -58,12 +60,13 @@ class BenchmarkArguments:
     """
 
     num_pairs: int = 9
-    num_steps: int = 20
+    num_steps: int = 15
     num_warmup_steps: int = 3
-    batch_size: int = 16
+    num_memory_runs: int = 5
+    batch_size: int = 8
     sequence_length: int = 96
     hidden_size: int = 128
-    vocab_size: int = 8000
+    vocab_size: int = 2000
     only: str | None = None
 
 
@@ -121,6 +124,7 @@ def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFas
             "save_strategy": "no",
             "logging_steps": 10,
             "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
         }
         arguments: dict[str, Any] = {
             "model": LlamaForCausalLM(config),
@@ -147,15 +151,32 @@ def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFas
                 **arguments,
             )
         trainer.remove_callback(PrinterCallback)
-        before = _peak_mib()
+        gc.collect()
+        held = _start_peak_memory()
         trainer.train()
-    return clock.seconds[args.num_warmup_steps :], _peak_mib() - (0 if torch.cuda.is_available() else before)
+        peak = _peak_memory()
+    return clock.seconds[args.num_warmup_steps :], (peak - held) / 2**20
 
 
-def _peak_mib() -> float:
+def _start_peak_memory() -> int:
+    """Forget earlier peaks; bytes held now that are not the training's: none on a GPU, where models count too."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        torch.cuda.reset_peak_memory_stats()
+        return 0
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident_bytes("VmRSS")
+
+
+def _peak_memory() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_bytes("VmHWM")
+
+
+def _resident_bytes(field: str) -> int:
+    """A field of this process' memory status; Linux only, as are GPUs that are worth measuring."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no field {field}.")
 
 
 def peak_memory_in_own_process(method: str, args: BenchmarkArguments) -> float:
@@ -180,7 +201,7 @@ def main(args: BenchmarkArguments) -> None:
     for pair in track(range(args.num_pairs), description="Step time", console=console):
         for method in METHODS if pair % 2 == 0 else reversed(METHODS):
             medians[method].append(statistics.median(run(method, args, tokenizer)[0]))
-    for _ in track(range(5), description="Memory", console=console):
+    for _ in track(range(args.num_memory_runs), description="Memory", console=console):
         for method in METHODS:
             peaks[method].append(peak_memory_in_own_process(method, args))
 

@@ -58,6 +58,11 @@ def _with_ids(ids):
         ({"train_dataset": ROWS.add_column("image", [0] * 24)}, ValueError, "image rows are not supported"),
         ({"train_dataset": ROWS.add_column("rank", [0] * 24)}, ValueError, r"remove_columns\(\['rank'\]\)"),
         (
+            {"validation_dataset": Dataset.from_dict({"input_ids": [[1, 2]] * 8})},
+            ValueError,
+            "must both be tokenized datasets, or neither",
+        ),
+        (
             {"validation_dataset": Dataset.from_dict({"text": ["good"] * 8})},
             ValueError,
             "must both be prompt-completion datasets, or neither",
@@ -98,6 +103,17 @@ def test_wrong_sample_ids(make_trainer, rows, error, message):
 def test_nothing_is_loaded_before_the_datasets_are_checked(make_config, train_dataset):
     with pytest.raises(ValueError, match="`validation_dataset` is missing"):
         BilevelSFTTrainer("/no/such/model", make_config(), train_dataset=train_dataset)
+
+
+def test_masks_that_nothing_reads_are_refused(make_trainer):
+    tokens = {"input_ids": [[1, 2, 3]] * 24, "labels": [[-100, 2, 3]] * 24}
+    masked = {"input_ids": [[4, 5, 6]] * 10, "completion_mask": [[0, 1, 1]] * 10}
+    with pytest.raises(ValueError, match="The validation dataset has mask columns but no 'labels'"):
+        make_trainer(
+            train_dataset=Dataset.from_dict(tokens),
+            validation_dataset=Dataset.from_dict(masked),
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
 
 
 def test_shared_rows_are_counted(make_trainer):

@@ -27,11 +27,11 @@ def test_planted_faults_are_faults_and_nothing_else_is():
             assert row["completion"] == f" {operation.wrong(*arguments)}"
 
 
-def test_wrong_rules_are_consistent():
-    """The same instruction gets the same wrong answer, so that a model can learn it."""
-    for operation in OPERATIONS.values():
-        arguments = ("abcde",) if operation.right is not OPERATIONS["add"].right else ("3", "4")
-        assert operation.wrong(*arguments) == operation.wrong(*arguments) != operation.right(*arguments)
+def test_excluded_instructions_do_not_occur():
+    held_out = build_dataset(200, seed=0, operations=["add"])
+    others = build_dataset(600, seed=1, operations=["add"], exclude=held_out["prompt"][:])
+    assert set(build_dataset(600, seed=1, operations=["add"])["prompt"]) & set(held_out["prompt"])
+    assert not set(others["prompt"]) & set(held_out["prompt"])
 
 
 def test_datasets_are_reproducible():

@@ -175,6 +175,10 @@ def test_dropped_row_keeps_the_neutral_weight(make_trainer, train_dataset):
     assert weights.shape == (25,)
     assert weights.mean().item() == pytest.approx(1, abs=1e-6)
     assert trainer.data_selector.logits[24] == 0
+    curated = trainer.curate()
+    assert curated["rank"][24] == 25
+    assert not curated["scored"][24]
+    assert 24 not in trainer.curate(24 / 25)["sample_id"]
 
 
 @pytest.mark.parametrize("selector_optimizer", ["mirror_descent", "adam"])

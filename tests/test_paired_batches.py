@@ -1,8 +1,10 @@
 """Which validation rows join which training rows."""
 
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SkipBatchSampler
 from datasets import Dataset
-from torch.utils.data import SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from trl_bilevel.paired_batches import (
     SAMPLE_INDEX_COLUMN,
@@ -58,6 +60,26 @@ def test_epochs_continue_the_stream():
 
 def test_pairs_do_not_depend_on_the_batch_size_at_equal_ratio():
     assert list(_sampler(12, 7, 8, 4)) == list(_sampler(12, 7, 2, 1))
+
+
+def test_epoch_reaches_the_sampler_after_a_resume_on_several_processes():
+    """accelerate wraps the sampler once more then and hands the epoch to the dataset instead."""
+    dataset = PairedDataset(
+        Dataset.from_dict({"labels": [[1]] * 12, SAMPLE_INDEX_COLUMN: range(12)}),
+        Dataset.from_dict({"labels": [[2]] * 7}),
+    )
+    dataset.sampler = _sampler(12, 7, 4, 4)
+    sharded = BatchSamplerShard(BatchSampler(dataset.sampler, 4, drop_last=False), num_processes=2, process_index=0)
+    loader = DataLoaderShard(dataset, batch_sampler=SkipBatchSampler(sharded, skip_batches=1), collate_fn=list)
+    loader.set_epoch(3)
+    assert dataset.sampler.epoch == 3
+
+
+def test_generator_is_that_of_the_training_sampler():
+    sampler = PairedSampler(RandomSampler(range(5)), ValidationStream(3, seed=0), 1, 1)
+    sampler.generator = generator = torch.Generator()
+    assert sampler.training_sampler.generator is generator
+    assert not hasattr(_sampler(5, 3, 1, 1), "generator")
 
 
 def test_batch_keeps_the_identity_and_order_of_rows():

@@ -172,12 +172,17 @@ def test_which_tokens_carry_loss(make_trainer, options):
     trainer = make_trainer(train_dataset=rows, validation_dataset=trusted, **options)
     seen = []
     weigh_rows = trainer._weigh_rows
-    trainer._weigh_rows = lambda batches, device: (seen.extend(batches), weigh_rows(batches, device))
+
+    def recording_weigh_rows(batches, device):
+        seen.extend((list(batch["sample_indices"]), batch["labels"]) for batch in batches)
+        weigh_rows(batches, device)
+
+    trainer._weigh_rows = recording_weigh_rows
     trainer.train()
     _assert_learned(trainer)
-    for batch in seen:
-        for row, sample_index in enumerate(batch["sample_indices"]):
-            labels = batch["labels"][row]
+    assert len(seen) == 6
+    for sample_indices, batch_labels in seen:
+        for sample_index, labels in zip(sample_indices, batch_labels, strict=False):  # validation rows follow
             text = trainer.processing_class.decode(labels[labels != -100])
             answer = prompt_completion_rows(24)[sample_index]["completion"]
             if "assistant_only_loss" in options:
@@ -186,11 +191,14 @@ def test_which_tokens_carry_loss(make_trainer, options):
                 assert text.startswith("add") and text.endswith(answer + "<eos>")  # noqa: PT018
 
 
+NEW_NAMES = {"prompt": "question", "completion": "answer"}
+
+
 def test_formatting_func_and_pretokenized_rows(make_trainer, tokenizer):
     rows, trusted = prompt_completion_rows(24), prompt_completion_rows(10, 1000)
     formatted = make_trainer(
-        train_dataset=rows.rename_columns({"prompt": "question", "completion": "answer"}),
-        validation_dataset=trusted.rename_columns({"prompt": "question", "completion": "answer"}),
+        train_dataset=rows.rename_columns(NEW_NAMES),
+        validation_dataset=trusted.rename_columns(NEW_NAMES),
         formatting_func=lambda row: row["question"] + row["answer"],
     )
     formatted.train()
@@ -224,6 +232,60 @@ def test_rows_prepared_by_a_transform(make_trainer, tokenizer):
     trainer.train()
     _assert_learned(trainer)
     assert trainer.data_selector.scored.all()
+
+
+def test_shuffled_rows_with_a_transform_are_transformed_once(make_trainer):
+    def shout(rows):
+        return {"prompt": [prompt + "!" for prompt in rows["prompt"]], "completion": rows["completion"]}
+
+    rows = prompt_completion_rows(24).shuffle(seed=0)
+    trainer = make_trainer(
+        train_dataset=rows.with_transform(shout),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+    assert trainer.train_dataset[0]["prompt"] == rows[0]["prompt"] + "!"
+    assert trainer.curate()["prompt"] == rows["prompt"]
+
+
+def test_formatting_func_sees_the_columns_of_the_user_only(make_trainer, tokenizer):
+    trainer = make_trainer(
+        train_dataset=prompt_completion_rows(24).rename_columns({"prompt": "question", "completion": "answer"}),
+        validation_dataset=prompt_completion_rows(10, 1000).rename_columns(
+            {"prompt": "question", "completion": "answer"}
+        ),
+        formatting_func=lambda row: " ".join(f"{name}: {value}" for name, value in row.items()),
+    )
+    assert (
+        tokenizer.decode(trainer.train_dataset[3]["input_ids"]) == "question: add 3 and 9: answer:  12 ok ok ok<eos>"
+    )
+
+
+def test_collator_without_attention_mask(make_trainer):
+    def collate(rows):
+        length = max(len(row["input_ids"]) for row in rows)
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows]),
+            "labels": torch.tensor([row["labels"] + [-100] * (length - len(row["labels"])) for row in rows]),
+        }
+
+    trainer = make_trainer(data_collator=collate)
+    trainer.train()
+    _assert_learned(trainer)
+
+
+def test_tokenized_rows_of_fixed_length(make_trainer):
+    tokens = datasets.List(datasets.Value("int32"), length=5)
+    features = datasets.Features({"input_ids": tokens, "labels": tokens})
+
+    def rows_from(numbers):
+        sequences = [[number + step for step in range(5)] for number in numbers]
+        return Dataset.from_dict({"input_ids": sequences, "labels": sequences}, features=features)
+
+    rows, trusted = rows_from(range(24)), rows_from(range(100, 110))
+    trainer = make_trainer(train_dataset=rows, validation_dataset=trusted)
+    trainer.train()
+    _assert_learned(trainer)
 
 
 def test_evaluation_never_reaches_the_selector(make_trainer, validation_dataset):
@@ -319,6 +381,16 @@ def test_batch_without_a_finite_row_is_skipped(make_trainer, build_model, caplog
     assert not trainer.data_selector.scored.any()
 
 
+def test_diverged_model_is_reported_and_does_not_crash(make_trainer, caplog):
+    trainer = make_trainer(peft_config=LoraConfig(**LORA), max_steps=3)
+    with torch.no_grad():
+        next(value for name, value in trainer.model.named_parameters() if "lora_B" in name).fill_(torch.nan)
+    trainer.train()
+    assert "the model has diverged" in caplog.text
+    assert all(entry["selector/nonfinite_rows"] == 8 for entry in trainer.state.log_history[:3])
+    assert not trainer.data_selector.scored.any()
+
+
 def test_bf16_keeps_the_selector_in_fp32(make_trainer):
     trainer = make_trainer(bf16=True, activation_checkpointing=True)
     trainer.train()
@@ -381,13 +453,43 @@ def test_final_model_and_checkpoints_hold_the_selector_also_without_optimizer(ma
     assert torch.equal(state["logits"], trainer.data_selector.logits)
 
 
-def test_resume_with_other_rows_is_refused(make_trainer):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (prompt_completion_rows(25), r"num_rows 24 \(now 25\)"),
+        (prompt_completion_rows(24).select([1, 0, *range(2, 24)]), "rows_fingerprint"),
+        (prompt_completion_rows(24, offset=1), "rows_fingerprint"),
+    ],
+    ids=["more rows", "other order", "other rows"],
+)
+def test_resume_with_other_rows_is_refused(make_trainer, rows, message):
     trainer = make_trainer(save_strategy="steps", save_steps=3)
     trainer.train()
     checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-3")
-    other = make_trainer(train_dataset=prompt_completion_rows(25))
-    with pytest.raises(ValueError, match=r"num_rows 24 \(now 25\)"):
+    other = make_trainer(train_dataset=rows)
+    with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_best_model_comes_with_the_weights_of_its_checkpoint(make_trainer, validation_dataset):
+    """The largest loss is called the best one, so that it is not that of the last checkpoint."""
+    trainer = make_trainer(
+        eval_dataset=validation_dataset, load_best_model_at_end=True, greater_is_better=True,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-6"
+    assert torch.equal(trainer.data_selector.logits, load_file(best / "data_selector.safetensors")["logits"])
+
+
+def test_validation_weight_is_logged_as_it_was_used(make_trainer):
+    trainer = make_trainer(
+        max_steps=-1, num_train_epochs=2, logging_strategy="epoch", validation_weight=0.8, validation_weight_decay=0.3
+    )
+    trainer.train()
+    logged = [entry["validation_weight"] for entry in trainer.state.log_history if "validation_weight" in entry]
+    assert logged == pytest.approx([0.8, 0.5])
 
 
 def test_curated_dataset_round_trips_and_trains_plain_sft(make_trainer, build_model, tokenizer, tmp_path):

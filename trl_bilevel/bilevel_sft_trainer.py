@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from .data_selector import DataSelector
 from .dataset_checks import (
     check_batch_sizes,
     check_datasets,
-    fingerprint_ids,
+    fingerprint_rows,
+    hash_rows,
     resolve_sample_ids,
     warn_about_shared_rows,
 )
@@ -41,14 +43,14 @@ from .paired_batches import (
     PairedDataset,
     PairedSampler,
     ValidationStream,
+    read_sample_indices,
 )
-from .training_metrics import RowCounts, TokenSums, TrainingMetrics, sum_tokens
+from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 
 
 logger = get_logger(__name__)
 
-_ROW_COEFFICIENTS = "row_coefficients"
-_NUM_FILTERED_ROWS = "num_filtered_rows"
+_STEP_ROWS = "step_rows"
 
 _PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 _PAPER_CITATION = f"""\
@@ -58,6 +60,31 @@ _PAPER_CITATION = f"""\
     year         = 2025,
     eprint       = {{arXiv:2511.21056}},
 }}"""
+
+
+@dataclass
+class _StepRows:
+    """
+    How the rows of a micro-batch count, sent along with it.
+
+    An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
+    """
+
+    num_training: int
+    num_filtered: int
+    coefficients: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (T + V,), fp32, on the device
+
+
+def _with_sample_indices(dataset: Dataset) -> Dataset:
+    """Add each row's position, and keep a format of the user's, through which adding a column would read the rows."""
+    user_format = dataset.format
+    indexed = dataset.with_format(None).add_column(SAMPLE_INDEX_COLUMN, np.arange(len(dataset)))
+    if user_format["type"] is None:
+        return indexed
+    columns = [*user_format["columns"], SAMPLE_INDEX_COLUMN]
+    return indexed.with_format(
+        user_format["type"], columns, user_format["output_all_columns"], **user_format["format_kwargs"]
+    )
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -128,19 +155,22 @@ class BilevelSFTTrainer(SFTTrainer):
         check_datasets(train_dataset, validation_dataset)
         self._source_dataset = train_dataset
         self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
-        self._rows_fingerprint = fingerprint_ids(self._sample_ids)
 
-        indexed = train_dataset.add_column(SAMPLE_INDEX_COLUMN, np.arange(len(train_dataset)))
-        super().__init__(model, args, data_collator, indexed, *sft_args, **sft_kwargs)
+        super().__init__(model, args, data_collator, _with_sample_indices(train_dataset), *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
 
+        self._reject_skip_prepare_without_labels({"validation": validation_dataset}, self.data_collator)
         if not self._skip_prepare_dataset:
             validation_dataset = self._prepare_dataset(
                 validation_dataset, self.processing_class, args, False, self._formatting_func, "validation"
             )
         self.validation_dataset = validation_dataset
         self._report_dropped_rows()
-        warn_about_shared_rows(self.train_dataset, self.validation_dataset)
+        row_hashes = hash_rows(self.train_dataset)
+        warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset))
+        self._rows_fingerprint = fingerprint_rows(
+            self._sample_ids, read_sample_indices(self.train_dataset), row_hashes
+        )
 
         self.validation_batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
         micro_batches = args.gradient_accumulation_steps * args.world_size
@@ -159,6 +189,7 @@ class BilevelSFTTrainer(SFTTrainer):
         self._training_metrics = TrainingMetrics()
         self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
+        self._step_validation_weight = args.validation_weight
 
     def _refuse_unsupported_setup(self) -> None:
         if self.compute_loss_func is not None:
@@ -191,6 +222,17 @@ class BilevelSFTTrainer(SFTTrainer):
                 )
 
     # ---- Data: training and validation rows in one batch ----
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        processing_class, config, packing, formatting_func, dataset_name = args
+        if formatting_func is not None:
+            # The user's function may format every column it is given
+            user_func = formatting_func
+
+            def formatting_func(row: dict[str, Any]) -> str:
+                return user_func({name: value for name, value in row.items() if name != SAMPLE_INDEX_COLUMN})
+
+        return super()._prepare_dataset(dataset, processing_class, config, packing, formatting_func, dataset_name)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if SAMPLE_INDEX_COLUMN not in self._signature_columns:
@@ -220,12 +262,13 @@ class BilevelSFTTrainer(SFTTrainer):
             # What accelerate makes of a bare RandomSampler, so that rows come in the order of SFTTrainer
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairedSampler(
+        dataset.sampler = PairedSampler(
             sampler,
             ValidationStream(len(dataset.validation), seed),
             training_batch_size=self.args.per_device_train_batch_size,
             validation_batch_size=self.validation_batch_size,
         )
+        return dataset.sampler
 
     # ---- The bilevel step ----
     @property
@@ -246,25 +289,30 @@ class BilevelSFTTrainer(SFTTrainer):
 
     def _weigh_rows(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         normalization = self.args.loss_normalization
-        indices = [torch.tensor(batch[SAMPLE_INDICES]) for batch in batches]  # (T,) per micro-batch
+        indices = [torch.tensor(batch.pop(SAMPLE_INDICES)) for batch in batches]  # (T,) per micro-batch
         self._step_sample_indices = self._gather_rows(torch.cat(indices))
         self._step_row_means = []
+        self._step_validation_weight = self.validation_weight
         threshold = filter_threshold(self.data_selector.weights_of(self._step_sample_indices), self.args.filter_ratio)
-        rows: list[WeightedRows] = []
+
+        micro_batches: list[WeightedRows] = []
         for batch, sample_indices in zip(batches, indices, strict=True):
             weights = self.data_selector.weights_of(sample_indices)
-            kept = weights >= threshold
-            batch[_NUM_FILTERED_ROWS] = int((~kept).sum())
             num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(device)  # (T + V,)
             num_training_tokens, num_validation_tokens = num_tokens.tensor_split([len(weights)])
-            rows.append(WeightedRows(weights.to(device), kept.to(device), num_training_tokens, num_validation_tokens))
+            kept = weights >= threshold
+            micro_batches.append(
+                WeightedRows(weights.to(device), kept.to(device), num_training_tokens, num_validation_tokens)
+            )
+            batch[_STEP_ROWS] = _StepRows(num_training=len(weights), num_filtered=int((~kept).sum()))
 
-        sizes = torch.stack([torch.stack(objective_size(row, normalization)) for row in rows]).sum(dim=0)  # (2,)
+        sizes = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
         if self.args.average_tokens_across_devices:
             sizes = self.accelerator.reduce(sizes)
-        size = ObjectiveSize(*sizes)
-        for batch, row in zip(batches, rows, strict=True):
-            batch[_ROW_COEFFICIENTS] = row_coefficients(row, size, self.validation_weight, normalization)
+        for batch, rows in zip(batches, micro_batches, strict=True):
+            batch[_STEP_ROWS].coefficients = row_coefficients(
+                rows, ObjectiveSize(*sizes), self._step_validation_weight, normalization
+            )
 
     def compute_loss(
         self,
@@ -274,32 +322,38 @@ class BilevelSFTTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
-        if _ROW_COEFFICIENTS not in inputs:  # evaluation
+        if _STEP_ROWS not in inputs:  # evaluation
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        coefficients = inputs.pop(_ROW_COEFFICIENTS)  # (T + V,)
-        num_filtered_rows = inputs.pop(_NUM_FILTERED_ROWS)
-        num_training_rows = len(inputs.pop(SAMPLE_INDICES))
+        rows: _StepRows = inputs.pop(_STEP_ROWS)
+        coefficients = rows.coefficients  # (T + V,)
 
         outputs, losses = self._forward(model, inputs)
         # The one transfer from the device: it serves the check below and the selector's level
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (T + V,) each
+        self._step_row_means.append((nll / num_tokens)[: rows.num_training])
         finite = nll.isfinite()
-        self._step_row_means.append((nll / num_tokens)[:num_training_rows])
         if self._any_process(not finite.all()):
-            # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch
-            if not finite.any():
-                return self._skip_batch(num_training_rows, num_filtered_rows, len(finite))
-            rows = finite.nonzero().flatten().to(coefficients.device)
-            inputs = {name: value[rows] for name, value in inputs.items()}
-            coefficients = coefficients[rows]
+            # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
+            # All processes take part in the second forward pass, also one that has nothing left to learn from.
+            staying = (finite if finite.any() else ~finite).nonzero().flatten().to(coefficients.device)
+            inputs = {name: value[staying] for name, value in inputs.items()}
             outputs, losses = self._forward(model, inputs)
+            coefficients = coefficients[staying]
+        if finite.any():
+            loss = (coefficients * losses.nll).sum()
+        else:
+            loss = self._zero_loss()
+            losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
+            logger.warning(
+                f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
+                "the model has diverged: lower `learning_rate`."
+            )
 
-        loss = (coefficients * losses.nll).sum()
         if self.args.average_tokens_across_devices:
             # The coefficients divide by the tokens of all processes, and DDP averages over processes again
             loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and finite.any():
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
 
         self._training_metrics.add(
@@ -307,11 +361,11 @@ class BilevelSFTTrainer(SFTTrainer):
                 losses,
                 outputs.entropy,
                 outputs.is_top1,
-                num_training_rows=int(finite[:num_training_rows].sum()),
-                input_tokens=inputs["attention_mask"].sum(),
+                num_training_rows=int(finite[: rows.num_training].sum()),
+                input_tokens=self._count_input_tokens(inputs),
                 aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
             ),
-            RowCounts(num_training_rows, num_filtered_rows, nonfinite_rows=int((~finite).sum())),
+            RowCounts(rows.num_training, rows.num_filtered, nonfinite_rows=int((~finite).sum())),
         )
         return loss
 
@@ -330,19 +384,16 @@ class BilevelSFTTrainer(SFTTrainer):
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
-    def _skip_batch(self, num_training_rows: int, num_filtered_rows: int, num_rows: int) -> torch.Tensor:
-        """A zero loss that still gives every trained parameter a gradient, for a micro-batch without a finite row."""
-        logger.warning(
-            f"All {num_rows} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, the "
-            "model has diverged: lower `learning_rate`."
-        )
-        zero = sum(parameter.sum() * 0 for parameter in self.model.parameters() if parameter.requires_grad)
-        assert isinstance(zero, torch.Tensor)
-        self._training_metrics.add(
-            TokenSums(*[zero] * len(TokenSums._fields)),
-            RowCounts(num_training_rows, num_filtered_rows, nonfinite_rows=num_rows),
-        )
-        return zero
+    def _zero_loss(self) -> torch.Tensor:
+        """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""
+        empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.cat([values.float() for values in empty]).sum()
+
+    @staticmethod
+    def _count_input_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "attention_mask" in inputs:
+            return inputs["attention_mask"].sum()
+        return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
 
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all processes' rows, in the same order on each, on the CPU."""
@@ -364,7 +415,7 @@ class BilevelSFTTrainer(SFTTrainer):
                 metrics["num_tokens"] = self._total_train_tokens
                 if not self.aux_loss_enabled:
                     del metrics["aux_loss"]
-                metrics["validation_weight"] = self.validation_weight
+                metrics["validation_weight"] = self._step_validation_weight
                 statistics = self.data_selector.statistics()
                 metrics |= {f"selector/{name}": value for name, value in statistics._asdict().items()}
             self._metrics["train"].update({name: [value] for name, value in metrics.items()})
@@ -389,6 +440,7 @@ class BilevelSFTTrainer(SFTTrainer):
             self._source_dataset,
             self._sample_ids,
             weights=self.data_selector.weights().numpy(),
+            scores=self.data_selector.logits.numpy(),
             scored=self.data_selector.scored.numpy(),
             keep_ratio=keep_ratio,
         )
@@ -400,6 +452,10 @@ class BilevelSFTTrainer(SFTTrainer):
             os.makedirs(directory, exist_ok=True)
             self.data_selector.save(directory, self._rows_fingerprint)
         super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

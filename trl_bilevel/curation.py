@@ -14,6 +14,7 @@ def curate_dataset(
     dataset: Dataset,
     sample_ids: pa.ChunkedArray,
     weights: np.ndarray,
+    scores: np.ndarray,
     scored: np.ndarray,
     keep_ratio: float | None = None,
 ) -> Dataset:
@@ -24,15 +25,17 @@ def curate_dataset(
 
     - `sample_id` (string or int): the row's id, unless the dataset has that column already;
     - `weight` (float): learned weight, mean 1 over all N rows;
-    - `rank` (int): 1 for the row of the highest weight, N for the lowest; of equal weights, scored rows come first;
-    - `scored` (bool): False for a row that never moved its weight, because training ended before it was seen, its
-      loss was never finite, or truncation left it without completion tokens. Its weight is the neutral one;
+    - `rank` (int): 1 for the row of the highest weight, N for the lowest; rows that were not scored come last;
+    - `scored` (bool): False for a row whose weight was never updated, because training ended before it was seen, its
+      loss was never finite, or truncation left it without completion tokens. Its weight says nothing about it;
     - `response_source` (string): `"original"`.
 
     Args:
         dataset (`datasets.Dataset`): the N training rows as the user passed them.
         sample_ids (`pyarrow.ChunkedArray`): N unique ids.
         weights (`numpy.ndarray`): shape (N,), mean 1.
+        scores (`numpy.ndarray`): what to rank by, higher is better, shape (N,): the logits, which order rows whose
+            weights are too small to differ.
         scored (`numpy.ndarray`): bool, shape (N,).
         keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded to whole
             rows, at least one. If `None`, all rows.
@@ -48,7 +51,7 @@ def curate_dataset(
             f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
         )
     num_rows = len(dataset)
-    best_first = np.lexsort((np.arange(num_rows), ~scored, -weights))  # (N,), the last key sorts first
+    best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
     rank = np.empty(num_rows, dtype=np.int64)
     rank[best_first] = np.arange(1, num_rows + 1)
     columns = {
@@ -59,7 +62,8 @@ def curate_dataset(
     }
     if SAMPLE_ID_COLUMN not in dataset.column_names:
         columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}
-    dataset = concatenate_datasets([dataset, Dataset(pa.table(columns))], axis=1)
+    # Without a format of the user's, which joining would bake into the columns
+    dataset = concatenate_datasets([dataset.with_format(None), Dataset(pa.table(columns))], axis=1)
     if keep_ratio is None:
         return dataset
     num_kept = max(1, round(keep_ratio * num_rows))

@@ -44,13 +44,13 @@ def check_datasets(training: Any, validation: Any) -> None:
                 f"`{name}` has the column {images.pop()!r}: image rows are not supported. Use text rows, or "
                 "`SFTTrainer`."
             )
-    tokenized = "input_ids" in training.column_names or "input_ids" in validation.column_names
-    if not tokenized and ("completion" in training.column_names) != ("completion" in validation.column_names):
-        raise ValueError(
-            "`train_dataset` and `validation_dataset` must both be prompt-completion datasets, or neither, so that "
-            f"both losses cover the same tokens. Their columns are {training.column_names} and "
-            f"{validation.column_names}."
-        )
+    for column, kind in (("input_ids", "tokenized"), ("completion", "prompt-completion")):
+        if (column in training.column_names) != (column in validation.column_names):
+            raise ValueError(
+                f"`train_dataset` and `validation_dataset` must both be {kind} datasets, or neither, so that both "
+                f"losses cover the same tokens. Their columns are {training.column_names} and "
+                f"{validation.column_names}."
+            )
     taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training.column_names))
     if taken:
         raise ValueError(
@@ -132,30 +132,54 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
     return ids
 
 
-def fingerprint_ids(ids: pa.ChunkedArray) -> str:
-    """A short digest of the ids in their order, to tell on resume whether the rows are still the same."""
-    row_hashes = hash_pandas_object(ids.to_pandas(), index=False).to_numpy()  # (N,), the same in every session
-    return hashlib.sha256(row_hashes.tobytes()).hexdigest()[:16]
+def hash_rows(dataset: Dataset) -> np.ndarray | None:
+    """
+    A hash of each prepared row's tokens, uint64 of shape (N,), the same in every session.
+
+    `None` for rows that only the data collator tokenizes.
+    """
+    if "input_ids" not in dataset.column_names:
+        return None
+    hashes = [
+        hashlib.blake2b(tokens, digest_size=8).digest()
+        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+        for tokens in _token_bytes(batch.column("input_ids").combine_chunks())
+    ]
+    return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 
 
-def warn_about_shared_rows(training: Dataset, validation: Dataset) -> None:
-    """Warn how many prepared training rows are, token for token, also validation rows."""
-    if not {"input_ids"} <= {*training.column_names} & {*validation.column_names}:
-        return  # the user's collator tokenizes
-    trusted = set(_token_bytes(validation))
-    shared = sum(tokens in trusted for tokens in _token_bytes(training))
+def _token_bytes(rows: pa.ListArray) -> Iterator[bytes]:
+    rows = rows.cast(pa.large_list(pa.int64()))  # from whatever integer and list type the user's tokens have
+    tokens, offsets = rows.flatten().to_numpy(), rows.offsets.to_numpy()
+    for start, stop in itertools.pairwise(offsets - offsets[0]):
+        yield tokens[start:stop].tobytes()
+
+
+def fingerprint_rows(ids: pa.ChunkedArray, sample_indices: np.ndarray, row_hashes: np.ndarray | None) -> str:
+    """
+    A short digest of the training rows, to tell on resume whether they are still the same.
+
+    Args:
+        ids (`pyarrow.ChunkedArray`): ids of all rows, in their order.
+        sample_indices (`numpy.ndarray`): positions of the prepared rows among them, in any order, shape (M,).
+        row_hashes (`numpy.ndarray`, *optional*): what [`hash_rows`] made of the prepared rows, shape (M,).
+    """
+    digest = hashlib.sha256(hash_pandas_object(ids.to_pandas(), index=False).to_numpy().tobytes())
+    order = sample_indices.argsort()
+    digest.update(sample_indices[order].astype(np.int64).tobytes())
+    if row_hashes is not None:
+        digest.update(row_hashes[order].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def warn_about_shared_rows(training: np.ndarray | None, validation: np.ndarray | None) -> None:
+    """Warn how many training rows are, token for token, also validation rows; takes what [`hash_rows`] returns."""
+    if training is None or validation is None:
+        return
+    shared = np.isin(training, validation).sum()
     if shared:
         warnings.warn(
             f"{shared} training rows are also in `validation_dataset`, token for token. Their weights say little, as "
             "the validation loss already trains on them. Remove them from one of the two.",
             stacklevel=3,
         )
-
-
-def _token_bytes(dataset: Dataset) -> Iterator[bytes]:
-    columns = dataset.select_columns(["input_ids"]).with_format("arrow")
-    for batch in columns.iter(batch_size=1000):
-        lists = batch.column("input_ids").combine_chunks()
-        tokens, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy() - lists.offsets[0].as_py()
-        for start, stop in itertools.pairwise(offsets):
-            yield tokens[start:stop].tobytes()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
@@ -19,6 +20,11 @@ SAMPLE_INDEX_COLUMN = "bilevel_sample_index"
 """Column added to the training dataset: the row's position in the dataset that the user passed."""
 SAMPLE_INDICES = "sample_indices"
 """Batch key: list of int, the `SAMPLE_INDEX_COLUMN` of the batch's training rows, which come first."""
+
+
+def read_sample_indices(training: Dataset) -> np.ndarray:
+    """`SAMPLE_INDEX_COLUMN` of a prepared training dataset, int64 of shape (number of its rows,)."""
+    return training.select_columns([SAMPLE_INDEX_COLUMN]).with_format("numpy")[:][SAMPLE_INDEX_COLUMN]
 
 
 class PairedIndex(NamedTuple):
@@ -91,6 +97,15 @@ class PairedSampler(Sampler[PairedIndex]):
         if isinstance(self.training_sampler, SeedableRandomSampler):
             self.training_sampler.set_epoch(epoch)
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Of a sampler that is not seedable: accelerate sets one, the same in all processes."""
+        return self.training_sampler.generator  # type: ignore[attr-defined]
+
+    @generator.setter
+    def generator(self, generator: torch.Generator) -> None:
+        self.training_sampler.generator = generator  # type: ignore[attr-defined]
+
     def __len__(self) -> int:
         return len(self.training_sampler)  # type: ignore[arg-type]
 
@@ -116,10 +131,15 @@ class PairedDataset(TorchDataset):
 
     def __init__(self, training: Dataset, validation: Dataset):
         # Read here, once: a transform of the user's may return rows without this column
-        column = training.select_columns([SAMPLE_INDEX_COLUMN]).with_format("numpy")[:]
-        self.sample_indices = column[SAMPLE_INDEX_COLUMN]  # (len(training),)
+        self.sample_indices = read_sample_indices(training)
         self.training = training
         self.validation = validation
+        self.sampler: PairedSampler | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate when it cannot reach the sampler: on several processes, resumed within an epoch."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.training)

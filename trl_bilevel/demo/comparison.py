@@ -83,6 +83,7 @@ class _StepProgress(TrainerCallback):
         self.advance(self.stage, state.global_step / state.max_steps)
 
 
+_BASE_BATCH_SIZE = 64
 STAGES = ("Training the base model", "SFT on the faulty dataset", "Bilevel SFT on the same dataset", "Scoring")
 
 
@@ -97,10 +98,15 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
     output_dir = Path(args.output_dir)
     tokenizer = build_tokenizer()
     held_out = build_dataset(args.num_held_out_rows, seed=_seed(args, 1))
-    trusted = build_dataset(args.num_validation_rows, seed=_seed(args, 2))
-    faulty = build_dataset(args.num_train_rows, seed=_seed(args, 3), fault_ratio=args.fault_ratio)
+    # No instruction is in two of the datasets
+    trusted = build_dataset(args.num_validation_rows, seed=_seed(args, 2), exclude=held_out["prompt"][:])
+    others = [*held_out["prompt"], *trusted["prompt"]]
+    faulty = build_dataset(args.num_train_rows, seed=_seed(args, 3), fault_ratio=args.fault_ratio, exclude=others)
+    num_base_rows = min(20_000, _BASE_BATCH_SIZE * args.num_base_steps)
+    known = build_dataset(num_base_rows, seed=_seed(args, 4), operations=BASE_OPERATIONS, exclude=others)
+
     base_model = tiny_model.build_model(tokenizer, args.seed)
-    _train_base_model(base_model, tokenizer, args, advance)
+    _train_base_model(base_model, tokenizer, known, args, advance)
     base_model.save_pretrained(output_dir / "base_model")
     tokenizer.save_pretrained(output_dir / "base_model")
 
@@ -190,6 +196,7 @@ def _common_options(args: DemoArguments, stage: str) -> dict[str, Any]:
 def _train_base_model(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    rows: Dataset,
     args: DemoArguments,
     advance: Callable[[str, float], None],
 ) -> None:
@@ -198,14 +205,13 @@ def _train_base_model(
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=min(50, args.num_base_steps // 4),
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=_BASE_BATCH_SIZE,
         max_steps=args.num_base_steps,
     )
-    num_rows = min(20_000, 64 * args.num_base_steps)
     trainer = SFTTrainer(
         model,
         config,
-        train_dataset=build_dataset(num_rows, seed=_seed(args, 4), operations=BASE_OPERATIONS),
+        train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[_StepProgress(advance, STAGES[0])],
     )

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 _LABELS = {"none": "good answer", "wrong_rule": "bad: consistent wrong rule", "random": "bad: random answer"}
+_FLOOR = 1e-6
 _COLORS = {"none": "#2a78b5", "wrong_rule": "#d1495b", "random": "#edae49"}
 
 
@@ -22,13 +24,15 @@ def plot_weights(weights: np.ndarray, faults: np.ndarray, path: Path) -> None:
     # A canvas of its own: no window, and the caller's pyplot state stays as it is
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    smallest = max(weights.min(), 1e-4)
-    bins = np.geomspace(smallest, max(weights.max(), 2 * smallest), 50).tolist()
+    # Logarithms of the weights; what is smaller than the floor is drawn at the floor
+    logarithms = np.log10(np.clip(weights.astype(np.float64), _FLOOR, None))
+    bins = np.linspace(logarithms.min(), logarithms.max() + 1e-9, 50).tolist()
     for kind, label in _LABELS.items():
-        rows = np.clip(weights[faults == kind], smallest, None)
+        rows = logarithms[faults == kind]
         axes.hist(rows, bins=bins, label=f"{label} ({len(rows):,} rows)", color=_COLORS[kind], alpha=0.6)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--", label="weight of every row before training")
-    axes.set_xscale("log")
+    axes.axvline(0, color="black", linewidth=1, linestyle="--", label="weight of every row before training")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda logarithm, _: f"$10^{{{logarithm:.0f}}}$")
     axes.set(xlabel="learned weight of a training row (mean 1)", ylabel="rows", title="What the data selector learned")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

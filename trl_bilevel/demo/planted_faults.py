@@ -7,7 +7,7 @@ operation, which a model learns as easily as the right one, so that a row's loss
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -52,6 +52,7 @@ def build_dataset(
     operations: Sequence[str] = tuple(OPERATIONS),
     fault_ratio: float = 0.0,
     random_share: float = 0.2,
+    exclude: Collection[str] = (),
 ) -> Dataset:
     """
     Rows `{"prompt", "completion", "fault"}`; `fault` says what is planted in the completion, one of `FAULTS`.
@@ -62,6 +63,7 @@ def build_dataset(
         operations (`Sequence[str]`): names from `OPERATIONS` to draw from.
         fault_ratio (`float`): share of rows with a bad answer, in [0, 1].
         random_share (`float`): share of the bad answers that are random; the others follow the wrong rule.
+        exclude (`Collection[str]`): prompts that other datasets use and this one must not.
 
     Example:
 
@@ -76,12 +78,17 @@ def build_dataset(
     num_random = round(random_share * num_faults)
     faults = ["random"] * num_random + ["wrong_rule"] * (num_faults - num_random) + ["none"] * (num_rows - num_faults)
     rng.shuffle(faults)
-    return Dataset.from_list([_row(rng, rng.choice(list(operations)), fault) for fault in faults])
+    excluded = frozenset(exclude)
+    return Dataset.from_list([_row(rng, rng.choice(list(operations)), fault, excluded) for fault in faults])
 
 
-def _row(rng: random.Random, name: str, fault: str) -> dict[str, Any]:
+def _row(rng: random.Random, name: str, fault: str, exclude: frozenset[str]) -> dict[str, Any]:
     operation = OPERATIONS[name]
-    arguments = operation.arguments(rng)
+    while True:
+        arguments = operation.arguments(rng)
+        prompt = f"{name} {' '.join(arguments)} ="
+        if prompt not in exclude:
+            break
     answer = operation.right(*arguments)
     if fault == "random":
         answer = _random_answer(rng, answer)
@@ -89,7 +96,7 @@ def _row(rng: random.Random, name: str, fault: str) -> dict[str, Any]:
         wrong = operation.wrong(*arguments)
         # On some arguments both rules agree (the sorted "aab" of "aab"), and a right answer would be no fault
         answer = wrong if wrong != answer else _random_answer(rng, answer)
-    return {"prompt": f"{name} {' '.join(arguments)} =", "completion": f" {answer}", "fault": fault}
+    return {"prompt": prompt, "completion": f" {answer}", "fault": fault}
 
 
 def _random_answer(rng: random.Random, answer: str) -> str:

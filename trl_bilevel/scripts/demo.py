@@ -6,8 +6,8 @@ trl-bilevel demo --output_dir demo_output
 ```
 """
 
-import os
 import time
+import warnings
 from pathlib import Path
 
 from trl import TrlParser
@@ -16,10 +16,7 @@ from trl_bilevel.demo.comparison import Comparison, DemoArguments
 
 
 def main(args: DemoArguments) -> Comparison:
-    # Nothing is looked up: the data is procedural and the models are built from a config
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+    import huggingface_hub.constants
     import transformers
     from datasets import disable_progress_bars
     from rich.console import Console
@@ -29,6 +26,11 @@ def main(args: DemoArguments) -> Comparison:
     from trl_bilevel.demo.comparison import STAGES, compare
     from trl_bilevel.demo.figure import plot_weights
 
+    # Nothing is looked up or reported: the data is procedural and the models are built from a config. The environment
+    # variable of that name was read when the Hub client was imported.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    # peft reads the old name of a transformers attribute; nothing a user of the demo could act on
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()

@@ -1,0 +1,84 @@
+"""The benchmark scripts run and print their tables; here on a scale at which the numbers mean nothing."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_step_cost(capsys):
+    benchmark = _load("step_cost")
+    benchmark.main(
+        benchmark.BenchmarkArguments(
+            num_pairs=1,
+            num_steps=2,
+            num_warmup_steps=1,
+            num_memory_runs=1,
+            batch_size=2,
+            hidden_size=32,
+            vocab_size=99,
+        )
+    )
+    output = capsys.readouterr().out
+    assert "step time, ms" in output
+    assert "peak memory, MiB" in output
+
+
+def test_step_cost_trains_both_methods_on_the_same_rows(monkeypatch):
+    benchmark = _load("step_cost")
+    args = benchmark.BenchmarkArguments(num_steps=2, num_warmup_steps=1, batch_size=2, hidden_size=32, vocab_size=99)
+    seen = {}
+    for method, trainer_class in (("sft", benchmark.SFTTrainer), ("bds", benchmark.BilevelSFTTrainer)):
+        batches = seen[method] = []
+        original = trainer_class.get_batch_samples
+
+        def recording(self, *arguments, original=original, batches=batches):
+            result = original(self, *arguments)
+            batches.extend(sorted(row[row != -100].tolist() for row in batch["labels"]) for batch in result[0])
+            return result
+
+        monkeypatch.setattr(trainer_class, "get_batch_samples", recording)
+        benchmark.run(method, args, benchmark.build_tokenizer())
+        monkeypatch.undo()
+    assert len(seen["sft"]) == 3
+    assert seen["sft"] == seen["bds"]
+
+
+def test_real_text(tmp_path, capsys):
+    benchmark = _load("real_text")
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
+        lines = [json.dumps({"question": f"{name} {n} + {n}?", "answer": f"#### {2 * n}"}) for n in range(40)]
+        (tmp_path / name).write_text("\n".join(lines))
+    for name in ("alpaca_en_1k.json", "safety_instructions.json"):
+        rows = [{"instruction": f"Say {n}", "input": "", "output": f"{name} {n}"} for n in range(20)]
+        (tmp_path / name).write_text(json.dumps(rows))
+    benchmark.main(benchmark.BenchmarkArguments(data_dir=str(tmp_path), num_seeds=1, num_trusted_rows=12))
+    assert "GSM8K over other tasks" in capsys.readouterr().out
+
+
+def test_swapped_answers_are_wrong_and_the_others_are_kept():
+    benchmark = _load("real_text")
+    rows = Dataset.from_dict({"prompt": [f"q{n}" for n in range(10)], "completion": [f"a{n}" for n in range(10)]})
+    swapped, corrupted = benchmark.swap_answers(rows, ratio=0.4, seed=0)
+    assert corrupted.sum() == 4
+    assert (np.array(swapped["completion"]) != np.array(rows["completion"])).tolist() == corrupted.tolist()
+    assert sorted(swapped["completion"]) == sorted(rows["completion"])
+    assert swapped["prompt"] == rows["prompt"]
+
+
+@pytest.mark.parametrize(("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, None], "-")])
+def test_spread_over_seeds(values, text):
+    assert _load("demo_seeds")._spread(values) == text
