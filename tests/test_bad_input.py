@@ -132,7 +132,7 @@ def test_dataset_without_any_completion_token_left(make_trainer, name):
 def test_dropped_rows_are_reported(make_trainer, caplog):
     rows = Dataset.from_list([*ROWS, {"prompt": "long " * 20, "completion": " lost"}])
     make_trainer(train_dataset=rows, max_length=40)
-    assert "1 of 25 training rows have no completion token left" in caplog.text
+    assert "1 of 25 rows of `train_dataset` have no completion token left" in caplog.text
 
 
 def test_loss_function_of_the_user_is_refused(make_trainer):

@@ -81,6 +81,16 @@ def test_sft_trains_curates_and_saves(files, tmp_path):
     assert curated.column_names[:2] == ["prompt", "completion"]
 
 
+def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
+    options = _training_options(files, tmp_path / "out")
+    del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
+    result = _run(str(Path(sys.executable).with_name("trl-bilevel")), "sft", "--config", str(config), *options)
+    assert result.returncode == 0, result.stderr
+    assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
+
+
 def test_sft_refuses_unknown_options_before_training(files, tmp_path):
     command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft"]
     result = _run(*command, *_training_options(files, tmp_path / "out"), "--validation_wieght", "0.5")

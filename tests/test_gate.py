@@ -1,7 +1,6 @@
 """The gate besides behaviour: style, types, and that what is shipped is what is documented."""
 
 import ast
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from trl import SFTConfig
 
 from trl_bilevel import BilevelSFTConfig
@@ -49,11 +49,8 @@ def test_constraints_pin_every_requirement_within_its_range():
         *project["dependencies"],
         *(r for extra in project["optional-dependencies"].values() for r in extra),
     ]
-    from packaging.requirements import Requirement
-
     for requirement in map(Requirement, requirements):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
-        assert importlib.metadata.version(requirement.name).startswith(pins[requirement.name]), requirement
 
 
 def test_no_file_names_a_package_registry_or_model_hub_host():

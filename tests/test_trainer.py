@@ -50,6 +50,20 @@ def test_logs_carry_the_names_users_plot(make_trainer):
     assert json.dumps(trainer.state.log_history)
 
 
+def test_one_forward_per_micro_batch_and_never_full_logits(make_trainer, build_model):
+    model = build_model()
+    trainer = make_trainer(model=model, gradient_accumulation_steps=2, max_steps=3)
+    forwards, backbone_rows = [], []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: backbone_rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    # The fused head multiplies by the weight of the LM head; only building the logits calls the module
+    model.lm_head.register_forward_pre_hook(lambda *_: forwards.append("logits"))
+    trainer.train()
+    assert backbone_rows == [8] * 6  # 4 training and 4 validation rows each
+    assert forwards == []
+
+
 def test_logged_validation_loss_is_the_loss_of_the_validation_rows(make_trainer, validation_dataset):
     trainer = make_trainer(
         learning_rate=0.0, per_device_validation_batch_size=10, per_device_eval_batch_size=10, logging_steps=6

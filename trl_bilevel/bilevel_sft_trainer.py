@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
@@ -21,6 +20,7 @@ from .data_selector import DataSelector
 from .dataset_checks import (
     check_batch_sizes,
     check_datasets,
+    check_prepared_rows,
     fingerprint_rows,
     hash_rows,
     resolve_sample_ids,
@@ -43,6 +43,7 @@ from .paired_batches import (
     PairedDataset,
     PairedSampler,
     ValidationStream,
+    add_sample_indices,
     read_sample_indices,
 )
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
@@ -70,21 +71,9 @@ class _StepRows:
     An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
     """
 
+    coefficients: torch.Tensor  # (T + V,), fp32, on the device
     num_training: int
     num_filtered: int
-    coefficients: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (T + V,), fp32, on the device
-
-
-def _with_sample_indices(dataset: Dataset) -> Dataset:
-    """Add each row's position, and keep a format of the user's, through which adding a column would read the rows."""
-    user_format = dataset.format
-    indexed = dataset.with_format(None).add_column(SAMPLE_INDEX_COLUMN, np.arange(len(dataset)))
-    if user_format["type"] is None:
-        return indexed
-    columns = [*user_format["columns"], SAMPLE_INDEX_COLUMN]
-    return indexed.with_format(
-        user_format["type"], columns, user_format["output_all_columns"], **user_format["format_kwargs"]
-    )
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -155,8 +144,9 @@ class BilevelSFTTrainer(SFTTrainer):
         check_datasets(train_dataset, validation_dataset)
         self._source_dataset = train_dataset
         self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
+        num_validation = len(validation_dataset)
 
-        super().__init__(model, args, data_collator, _with_sample_indices(train_dataset), *sft_args, **sft_kwargs)
+        super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
 
         self._reject_skip_prepare_without_labels({"validation": validation_dataset}, self.data_collator)
@@ -165,7 +155,8 @@ class BilevelSFTTrainer(SFTTrainer):
                 validation_dataset, self.processing_class, args, False, self._formatting_func, "validation"
             )
         self.validation_dataset = validation_dataset
-        self._report_dropped_rows()
+        check_prepared_rows("train_dataset", len(train_dataset), len(self.train_dataset), args.max_length)
+        check_prepared_rows("validation_dataset", num_validation, len(validation_dataset), args.max_length)
         row_hashes = hash_rows(self.train_dataset)
         warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset))
         self._rows_fingerprint = fingerprint_rows(
@@ -173,12 +164,12 @@ class BilevelSFTTrainer(SFTTrainer):
         )
 
         self.validation_batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
-        micro_batches = args.gradient_accumulation_steps * args.world_size
+        batches_per_step = args.gradient_accumulation_steps * args.world_size
         check_batch_sizes(
             num_training=len(self.train_dataset),
             num_validation=len(self.validation_dataset),
-            training_batch=args.per_device_train_batch_size * micro_batches,
-            validation_batch=self.validation_batch_size * micro_batches,
+            training_batch=args.per_device_train_batch_size * batches_per_step,
+            validation_batch=self.validation_batch_size * batches_per_step,
         )
         self.data_selector = DataSelector(
             num_rows=len(train_dataset),
@@ -203,23 +194,6 @@ class BilevelSFTTrainer(SFTTrainer):
                 "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
                 f"Use data parallelism only, got {parallelism}."
             )
-
-    def _report_dropped_rows(self) -> None:
-        for name, num_rows, prepared in (
-            ("train_dataset", len(self._source_dataset), self.train_dataset),
-            ("validation_dataset", None, self.validation_dataset),
-        ):
-            if len(prepared) == 0:
-                raise ValueError(
-                    f"No row of `{name}` has a completion token left after truncation to "
-                    f"max_length={self.args.max_length}. Raise `max_length`, or shorten the prompts."
-                )
-            if num_rows is not None and len(prepared) < num_rows:
-                logger.warning(
-                    f"{num_rows - len(prepared)} of {num_rows} training rows have no completion token left after "
-                    f"truncation to max_length={self.args.max_length}. They are not trained on; the curated dataset "
-                    "marks them with scored=False."
-                )
 
     # ---- Data: training and validation rows in one batch ----
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -296,22 +270,24 @@ class BilevelSFTTrainer(SFTTrainer):
         threshold = filter_threshold(self.data_selector.weights_of(self._step_sample_indices), self.args.filter_ratio)
 
         micro_batches: list[WeightedRows] = []
+        num_filtered: list[int] = []
         for batch, sample_indices in zip(batches, indices, strict=True):
             weights = self.data_selector.weights_of(sample_indices)
-            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(device)  # (T + V,)
-            num_training_tokens, num_validation_tokens = num_tokens.tensor_split([len(weights)])
             kept = weights >= threshold
+            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(device)  # (T + V,)
             micro_batches.append(
-                WeightedRows(weights.to(device), kept.to(device), num_training_tokens, num_validation_tokens)
+                WeightedRows(weights.to(device), kept.to(device), *num_tokens.tensor_split([len(weights)]))
             )
-            batch[_STEP_ROWS] = _StepRows(num_training=len(weights), num_filtered=int((~kept).sum()))
+            num_filtered.append(int((~kept).sum()))
 
-        sizes = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
+        size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
         if self.args.average_tokens_across_devices:
-            sizes = self.accelerator.reduce(sizes)
-        for batch, rows in zip(batches, micro_batches, strict=True):
-            batch[_STEP_ROWS].coefficients = row_coefficients(
-                rows, ObjectiveSize(*sizes), self._step_validation_weight, normalization
+            size = self.accelerator.reduce(size)
+        for batch, rows, filtered in zip(batches, micro_batches, num_filtered, strict=True):
+            batch[_STEP_ROWS] = _StepRows(
+                coefficients=row_coefficients(rows, ObjectiveSize(*size), self._step_validation_weight, normalization),
+                num_training=len(rows.weights),
+                num_filtered=filtered,
             )
 
     def compute_loss(

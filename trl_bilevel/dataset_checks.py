@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate.logging import get_logger
 from datasets import Dataset
 from pandas.util import hash_pandas_object
 
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN
+
+
+logger = get_logger(__name__)
 
 
 def check_datasets(training: Any, validation: Any) -> None:
@@ -56,6 +60,26 @@ def check_datasets(training: Any, validation: Any) -> None:
         raise ValueError(
             f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
             f"`train_dataset.remove_columns({taken})`."
+        )
+
+
+def check_prepared_rows(name: str, num_rows: int, num_prepared: int, max_length: int | None) -> None:
+    """
+    Report the rows that preparation dropped, because truncation left them without a completion token.
+
+    Raises:
+        `ValueError`: if no row is left.
+    """
+    if num_prepared == 0:
+        raise ValueError(
+            f"No row of `{name}` has a completion token left after truncation to max_length={max_length}. Raise "
+            "`max_length`, or shorten the prompts."
+        )
+    if num_prepared < num_rows:
+        logger.warning(
+            f"{num_rows - num_prepared} of {num_rows} rows of `{name}` have no completion token left after truncation "
+            f"to max_length={max_length}. They are not trained on; the curated dataset marks training rows among them "
+            "with scored=False."
         )
 
 

@@ -22,6 +22,22 @@ SAMPLE_INDICES = "sample_indices"
 """Batch key: list of int, the `SAMPLE_INDEX_COLUMN` of the batch's training rows, which come first."""
 
 
+def add_sample_indices(dataset: Dataset) -> Dataset:
+    """
+    Add `SAMPLE_INDEX_COLUMN`, the position of each row.
+
+    A format or transform of the user's is kept; adding the column through it would bake it into the rows.
+    """
+    user_format = dataset.format
+    indexed = dataset.with_format(None).add_column(SAMPLE_INDEX_COLUMN, np.arange(len(dataset)))
+    if user_format["type"] is None:
+        return indexed
+    columns = [*user_format["columns"], SAMPLE_INDEX_COLUMN]
+    return indexed.with_format(
+        user_format["type"], columns, user_format["output_all_columns"], **user_format["format_kwargs"]
+    )
+
+
 def read_sample_indices(training: Dataset) -> np.ndarray:
     """`SAMPLE_INDEX_COLUMN` of a prepared training dataset, int64 of shape (number of its rows,)."""
     return training.select_columns([SAMPLE_INDEX_COLUMN]).with_format("numpy")[:][SAMPLE_INDEX_COLUMN]
