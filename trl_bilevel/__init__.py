@@ -1,10 +1,32 @@
 """Bilevel data curation for fine-tuning language models with TRL."""
 
-from .bilevel_sft_config import BilevelSFTConfig
-from .bilevel_sft_trainer import BilevelSFTTrainer
-from .data_selector import DataSelector
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .bilevel_sft_config import BilevelSFTConfig
+    from .bilevel_sft_trainer import BilevelSFTTrainer
+    from .data_selector import DataSelector
 
 
 __version__ = "0.1.0.dev0"
 
 __all__ = ["BilevelSFTConfig", "BilevelSFTTrainer", "DataSelector", "__version__"]
+
+_MODULES = {
+    "BilevelSFTConfig": "bilevel_sft_config",
+    "BilevelSFTTrainer": "bilevel_sft_trainer",
+    "DataSelector": "data_selector",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, as in TRL: the command line answers without importing torch
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
