@@ -1,5 +1,7 @@
 """The demo on a fraction of its data: what it computes, writes and prints."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -80,8 +82,13 @@ def demo_output(tmp_path_factory):
     """The command itself, on a small scale, with options from a YAML file and from the command line."""
     folder = tmp_path_factory.mktemp("demo")
     config = folder / "demo.yaml"
-    config.write_text("num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\n")
-    assert main(["demo", "--config", str(config), "--output_dir", str(folder / "out"), "--seed", "3"]) == 0
+    config.write_text(
+        "num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\ntrusted_only: true\n"
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", "--config", str(config), "--output_dir", str(folder / "out"), "--seed", "3"]) == 0
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder / "out"
 
 
@@ -100,6 +107,13 @@ def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
     assert any("lora" in name for name, _ in model.named_parameters())
     config = json.loads((demo_output / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 32
+
+
+def test_demo_prints_the_scores_it_computed(demo_output):
+    table = (demo_output.parent / "printed.txt").read_text()
+    for method in ("base model", "SFT", "bilevel SFT", "SFT on the trusted rows"):
+        assert f"│ {method} " in table
+    assert "seed 3" in table
 
 
 def test_demo_writes_a_figure(demo_output):

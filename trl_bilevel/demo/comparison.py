@@ -31,6 +31,7 @@ class DemoArguments:
         fault_ratio (`float`): share of training rows with a bad answer, in [0, 1].
         num_train_epochs (`int`): epochs of both fine-tuning runs.
         num_base_steps (`int`): optimizer steps of the base model.
+        trusted_only (`bool`): also train on the trusted rows alone, for as many steps as the others.
     """
 
     output_dir: str = field(default="demo_output", metadata={"help": "Folder for everything the demo writes."})
@@ -41,6 +42,10 @@ class DemoArguments:
     fault_ratio: float = field(default=0.7, metadata={"help": "Share of training rows with a bad answer."})
     num_train_epochs: int = field(default=4, metadata={"help": "Epochs of both fine-tuning runs."})
     num_base_steps: int = field(default=800, metadata={"help": "Optimizer steps of the base model."})
+    trusted_only: bool = field(
+        default=False,
+        metadata={"help": "Also train on the trusted rows alone, for as many steps as the others."},
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.fault_ratio < 1:
@@ -84,7 +89,13 @@ class _StepProgress(TrainerCallback):
 
 
 _BASE_BATCH_SIZE = 64
-STAGES = ("Training the base model", "SFT on the faulty dataset", "Bilevel SFT on the same dataset", "Scoring")
+STAGES = (
+    "Training the base model",
+    "SFT on the faulty dataset",
+    "Bilevel SFT on the same dataset",
+    "SFT on the trusted rows",
+    "Scoring",
+)
 
 
 def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Comparison:
@@ -129,13 +140,22 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
     curated = bilevel.curate(keep_ratio=good.mean())
     curated.to_parquet(output_dir / "curated" / "train.parquet")
 
-    scores: list[MethodScore] = []
-    for name, model, row_scores in (
+    methods = [
         ("base model", base_model, None),
         ("SFT", sft.model, -tiny_model.completion_losses(sft.model, tokenizer, faulty)),
         ("bilevel SFT", bilevel.model, weights),
-    ):
-        advance(STAGES[3], len(scores) / 3)
+    ]
+    if args.trusted_only:
+        trusted_sft = _fine_tune(
+            SFTTrainer, SFTConfig, args, tokenizer, advance, stage=STAGES[3], max_steps=bilevel.state.max_steps,
+            train_dataset=trusted,
+        )  # fmt: skip
+        losses = tiny_model.completion_losses(trusted_sft.model, tokenizer, faulty)
+        methods.append(("SFT on the trusted rows", trusted_sft.model, -losses))
+
+    scores: list[MethodScore] = []
+    for name, model, row_scores in methods:
+        advance(STAGES[4], len(scores) / len(methods))
         kept = None if row_scores is None else np.argsort(-row_scores, kind="stable")[: good.sum()]
         scores.append(
             MethodScore(
@@ -145,7 +165,7 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
                 kept_good=None if kept is None else good[kept].mean().item(),
             )
         )
-    advance(STAGES[3], 1)
+    advance(STAGES[4], 1)
     return Comparison(scores, weights, faults, curated)
 
 
@@ -226,6 +246,7 @@ def _fine_tune(
     tokenizer: PreTrainedTokenizerFast,
     advance: Callable[[str, float], None],
     stage: str,
+    max_steps: int = -1,
     **datasets: Dataset,
 ) -> Any:
     config = config_class(
@@ -233,6 +254,7 @@ def _fine_tune(
         learning_rate=3e-3,
         per_device_train_batch_size=32,
         num_train_epochs=args.num_train_epochs,
+        max_steps=max_steps,
     )
     trainer = trainer_class(
         str(Path(args.output_dir) / "base_model"),

@@ -42,11 +42,11 @@ def main(args: DemoArguments) -> Comparison:
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks = {stage: progress.add_task(stage, total=1, start=False) for stage in STAGES}
+        tasks = {stage: progress.add_task(stage, total=1, start=False, visible=False) for stage in STAGES}
 
         def advance(stage: str, share: float) -> None:
             progress.start_task(tasks[stage])
-            progress.update(tasks[stage], completed=share)
+            progress.update(tasks[stage], completed=share, visible=True)
 
         comparison = compare(args, advance)
 
@@ -55,7 +55,7 @@ def main(args: DemoArguments) -> Comparison:
     plot_weights(comparison.weights, comparison.faults, figure)
 
     table = Table(title=f"Planted faults, seed {args.seed}", title_justify="left")
-    table.add_column("trained with")
+    table.add_column("trained with", no_wrap=True)
     table.add_column("held-out exact match", justify="right")
     table.add_column("AUROC, good rows over bad", justify="right")
     table.add_column("good rows among those kept", justify="right")
@@ -67,7 +67,7 @@ def main(args: DemoArguments) -> Comparison:
             "-" if score.kept_good is None else f"{score.kept_good:.1%}",
         )
     console.print(table)
-    console.print("SFT ranks rows by its own loss after training, bilevel SFT by their learned weights.")
+    console.print("SFT ranks rows by the model's loss after training, bilevel SFT by their learned weights.")
     console.print(f"Adapter          {output_dir / 'adapter'}")
     console.print(f"Curated dataset  {output_dir / 'curated'} ({len(comparison.curated):,} rows)")
     console.print(f"Figure           {figure}")
