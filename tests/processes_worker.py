@@ -9,7 +9,7 @@ from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
 
-def main(output_dir: str, per_device_batch_size: int, num_rows: int) -> None:
+def main(output_dir: str, selection_method: str, per_device_batch_size: int, num_rows: int) -> None:
     tokenizer = build_tokenizer()
     trainer = BilevelSFTTrainer(
         model=build_tiny_model("llama", tokenizer),
@@ -20,7 +20,7 @@ def main(output_dir: str, per_device_batch_size: int, num_rows: int) -> None:
             learning_rate=0.3,
             optim="sgd",
             filter_ratio=0.25,
-            selector_learning_rate=1.0,
+            selection_method=selection_method,
             logging_steps=1,
             bf16=False,
             use_cpu=True,
@@ -45,4 +45,4 @@ def main(output_dir: str, per_device_batch_size: int, num_rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

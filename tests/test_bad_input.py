@@ -15,7 +15,7 @@ ROWS = prompt_completion_rows(24)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection_method": "seal"}, "`selection_method` must be 'bds', got 'seal'"),
+        ({"selection_method": "seal"}, "`selection_method` must be 'bds' or 'bmo', got 'seal'"),
         ({"selector_activation": "relu"}, "`selector_activation` must be 'softmax' or 'sigmoid', got 'relu'"),
         ({"selector_optimizer": "sgd"}, "`selector_optimizer` must be 'mirror_descent' or 'adam', got 'sgd'"),
         ({"loss_normalization": "batch"}, "`loss_normalization` must be 'token' or 'row', got 'batch'"),
@@ -26,6 +26,11 @@ ROWS = prompt_completion_rows(24)
         ({"per_device_validation_batch_size": 0}, "must be at least 1, got 0"),
         ({"selector_learning_rate": -1.0}, "`selector_learning_rate` must be a finite number, 0 or larger, got -1.0"),
         ({"selector_learning_rate": math.inf}, "got inf"),
+        ({"bmo_temperature": 0.0}, "`bmo_temperature` must be a finite number larger than 0, got 0.0"),
+        (
+            {"selection_method": "bmo", "selector_learning_rate": 0.5},
+            "`selector_learning_rate=0.5` has no effect with `selection_method='bmo'`",
+        ),
         ({"filter_ratio": 1.0}, "`filter_ratio` must be at least 0 and less than 1, got 1.0"),
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),

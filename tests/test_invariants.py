@@ -53,9 +53,12 @@ def test_without_validation_term_it_is_sft(make_trainer, build_model, tokenizer,
     assert torch.equal(trainer.data_selector.weights(), torch.ones(len(train_dataset)))
 
 
+@pytest.mark.parametrize("selection_method", ["bds", "bmo"])
 @pytest.mark.parametrize("loss_normalization", ["token", "row"])
 @pytest.mark.parametrize("validation_rows_per_training_row", [1, 0.5])
-def test_accumulation_equals_one_large_batch(make_trainer, loss_normalization, validation_rows_per_training_row):
+def test_accumulation_equals_one_large_batch(
+    make_trainer, selection_method, loss_normalization, validation_rows_per_training_row
+):
     """Invariant 2, one process: 1 x 8 rows = 2 x 4 = 4 x 2 accumulated, incomplete last batch included."""
     results = []
     for batch_size, steps in ((8, 1), (4, 2), (2, 4)):
@@ -68,7 +71,7 @@ def test_accumulation_equals_one_large_batch(make_trainer, loss_normalization, v
             num_train_epochs=3,
             optim="sgd",
             learning_rate=0.3,
-            selector_learning_rate=1.0,
+            selection_method=selection_method,
             filter_ratio=0.25,
             validation_weight=0.6,
             validation_weight_decay=0.2,
@@ -181,13 +184,17 @@ def test_dropped_row_keeps_the_neutral_weight(make_trainer, train_dataset):
     assert 24 not in trainer.curate(24 / 25)["sample_id"]
 
 
-@pytest.mark.parametrize("selector_optimizer", ["mirror_descent", "adam"])
+@pytest.mark.parametrize(
+    "method",
+    [{"selector_optimizer": "mirror_descent"}, {"selector_optimizer": "adam"}, {"selection_method": "bmo"}],
+    ids=["mirror_descent", "adam", "bmo"],
+)
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 9])
-def test_resumed_run_equals_the_unbroken_one(make_trainer, selector_optimizer, stop_at):
+def test_resumed_run_equals_the_unbroken_one(make_trainer, method, stop_at):
     """Invariant 6, within the first epoch, at its end and in the second; dropout checks the random state."""
     options = {
         "peft_config": LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM"),
-        "selector_optimizer": selector_optimizer,
+        **method,
         "max_steps": -1,
         "num_train_epochs": 2,
         "save_strategy": "steps",

@@ -13,19 +13,20 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = Path(__file__).with_name("processes_worker.py")
 
 
-def _train(folder: Path, num_processes: int, per_device_batch_size: int) -> list[dict]:
+def _train(folder: Path, method: str, num_processes: int, per_device_batch_size: int) -> list[dict]:
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [*launcher, str(WORKER), str(folder), str(per_device_batch_size), "24"]
+    command = [*launcher, str(WORKER), str(folder), method, str(per_device_batch_size), "24"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("method", ["bds", "bmo"])
+def test_two_processes_equal_one(tmp_path, method):
     """Invariant 2: 1 x 8 rows = 2 processes x 4."""
-    (one,) = _train(tmp_path / "one", 1, 8)
-    first, second = _train(tmp_path / "two", 2, 4)
+    (one,) = _train(tmp_path / "one", method, 1, 8)
+    first, second = _train(tmp_path / "two", method, 2, 4)
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)

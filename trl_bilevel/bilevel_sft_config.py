@@ -11,7 +11,7 @@ from .losses import LossNormalization
 from .selector_updates import SelectorActivation
 
 
-SelectionMethod = Literal["bds"]
+SelectionMethod = Literal["bds", "bmo"]
 
 
 @dataclass
@@ -23,7 +23,12 @@ class BilevelSFTConfig(SFTConfig):
         > Parameters that control the upper level
 
         selection_method (`str`, *optional*, defaults to `"bds"`):
-            How rows are weighted. `"bds"` (bilevel data selection, arXiv 2511.21056): one learned weight per row.
+            How rows are weighted (arXiv 2511.21056). `"bds"`, bilevel data selection: one learned weight per row.
+            `"bmo"`, bilevel multi-objective optimisation: closed-form weights, a softmax over the negated losses of
+            the rows of each optimizer step. With gradient accumulation it takes an extra forward pass without
+            gradient.
+        bmo_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of that softmax, in nats per token. Small values put the weight on the rows of the lowest loss.
         validation_weight (`float`, *optional*, defaults to `0.9`):
             Weight $\lambda \in (0, 1]$ of the validation loss in the objective
             $\lambda L_{val} + (1-\lambda) L_{train}(w)$. A high value lets the validation rows shape the model, so
@@ -64,7 +69,11 @@ class BilevelSFTConfig(SFTConfig):
 
     selection_method: SelectionMethod = field(
         default="bds",
-        metadata={"help": "How rows are weighted: `'bds'`, one learned weight per row."},
+        metadata={"help": "How rows are weighted: `'bds'`, one learned weight per row; `'bmo'`, in closed form."},
+    )
+    bmo_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of the closed-form weights of `'bmo'`, in nats per token."},
     )
     validation_weight: float = field(
         default=0.9,
@@ -153,6 +162,10 @@ class BilevelSFTConfig(SFTConfig):
                 "`selector_learning_rate` must be a finite number, 0 or larger, got "
                 f"{self.selector_learning_rate}. 0 keeps the weights as they are."
             )
+        if not 0 < self.bmo_temperature < float("inf"):
+            raise ValueError(f"`bmo_temperature` must be a finite number larger than 0, got {self.bmo_temperature}.")
+        if self.selection_method == "bmo":
+            _check_no_selector_options(self)
         if not 0 <= self.filter_ratio < 1:
             raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
         _check_sft_options(self)
@@ -172,6 +185,16 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = " or ".join(f"'{choice}'" for choice in choices)
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def _check_no_selector_options(args: BilevelSFTConfig) -> None:
+    for name in ("selector_activation", "selector_optimizer", "selector_learning_rate"):
+        value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"`{name}={value!r}` has no effect with `selection_method='bmo'`, whose weights are not learned. "
+                "Leave it out, or use `bmo_temperature`."
+            )
 
 
 def _check_sft_options(args: BilevelSFTConfig) -> None:

@@ -30,6 +30,7 @@ from .losses import (
     ObjectiveSize,
     RowLosses,
     WeightedRows,
+    closed_form_log_weights,
     filter_threshold,
     objective_size,
     row_coefficients,
@@ -71,9 +72,9 @@ class _StepRows:
     An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
     """
 
-    coefficients: torch.Tensor  # (T + V,), fp32, on the device
     num_training: int
-    num_filtered: int
+    num_filtered: int = 0
+    coefficients: torch.Tensor | None = None  # (T + V,), fp32, on the device
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -258,37 +259,61 @@ class BilevelSFTTrainer(SFTTrainer):
         """Once per optimizer step: how much each row of its micro-batches counts in the objective."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            self._weigh_rows(batches, device)
+            self._start_step(batches)
+            if self.args.selection_method == "bds":
+                self._weigh_rows(batches, self.data_selector.weights_of(self._step_sample_indices))
+            elif len(batches) > 1:
+                # The weights of BMO compare the losses of all micro-batches, which are not known before the first
+                # backward pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
+                row_means = torch.cat([self._row_means_without_gradient(batch) for batch in batches])
+                self._weigh_rows(batches, self._closed_form_weights(row_means))
         return batches, num_items_in_batch
 
-    def _weigh_rows(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        normalization = self.args.loss_normalization
-        indices = [torch.tensor(batch.pop(SAMPLE_INDICES)) for batch in batches]  # (T,) per micro-batch
-        self._step_sample_indices = self._gather_rows(torch.cat(indices))
+    def _start_step(self, batches: list[dict[str, Any]]) -> None:
+        indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
+        self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
         self._step_row_means = []
         self._step_validation_weight = self.validation_weight
-        threshold = filter_threshold(self.data_selector.weights_of(self._step_sample_indices), self.args.filter_ratio)
+        for batch, sample_indices in zip(batches, indices, strict=True):
+            batch[_STEP_ROWS] = _StepRows(num_training=len(sample_indices))
+
+    def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
+        """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
+        normalization = self.args.loss_normalization
+        threshold = filter_threshold(step_weights, self.args.filter_ratio)
+        num_training = [batch[_STEP_ROWS].num_training for batch in batches]
+        own_weights = step_weights.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
 
         micro_batches: list[WeightedRows] = []
-        num_filtered: list[int] = []
-        for batch, sample_indices in zip(batches, indices, strict=True):
-            weights = self.data_selector.weights_of(sample_indices)
+        for batch, weights in zip(batches, own_weights.split(num_training), strict=True):
             kept = weights >= threshold
-            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(device)  # (T + V,)
+            batch[_STEP_ROWS].num_filtered = int((~kept).sum())
+            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(self.args.device)  # (T + V,)
             micro_batches.append(
-                WeightedRows(weights.to(device), kept.to(device), *num_tokens.tensor_split([len(weights)]))
+                WeightedRows(
+                    weights.to(self.args.device),
+                    kept.to(self.args.device),
+                    *num_tokens.tensor_split([len(weights)]),
+                )
             )
-            num_filtered.append(int((~kept).sum()))
-
         size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
         if self.args.average_tokens_across_devices:
             size = self.accelerator.reduce(size)
-        for batch, rows, filtered in zip(batches, micro_batches, num_filtered, strict=True):
-            batch[_STEP_ROWS] = _StepRows(
-                coefficients=row_coefficients(rows, ObjectiveSize(*size), self._step_validation_weight, normalization),
-                num_training=len(rows.weights),
-                num_filtered=filtered,
+        for batch, rows in zip(batches, micro_batches, strict=True):
+            batch[_STEP_ROWS].coefficients = row_coefficients(
+                rows, ObjectiveSize(*size), self._step_validation_weight, normalization
             )
+
+    def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
+        return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
+
+    @torch.no_grad()
+    def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.model.train()
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != _STEP_ROWS})
+        with self.compute_loss_context_manager():
+            _, losses = self._forward(self.model_wrapped, inputs)
+        return losses.mean[: batch[_STEP_ROWS].num_training].float().cpu()
 
     def compute_loss(
         self,
@@ -302,12 +327,16 @@ class BilevelSFTTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         rows: _StepRows = inputs.pop(_STEP_ROWS)
-        coefficients = rows.coefficients  # (T + V,)
 
         outputs, losses = self._forward(model, inputs)
         # The one transfer from the device: it serves the check below and the selector's level
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (T + V,) each
         self._step_row_means.append((nll / num_tokens)[: rows.num_training])
+        if rows.coefficients is None:
+            weights = self._closed_form_weights(self._step_row_means[-1])
+            self._weigh_rows([{"labels": inputs["labels"], _STEP_ROWS: rows}], weights)
+        coefficients = rows.coefficients  # (T + V,)
+        assert coefficients is not None
         finite = nll.isfinite()
         if self._any_process(not finite.all()):
             # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
@@ -350,7 +379,11 @@ class BilevelSFTTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             row_means = self._gather_rows(torch.cat(self._step_row_means))
-            self.data_selector.update(self._step_sample_indices, row_means)
+            if self.args.selection_method == "bds":
+                self.data_selector.update(self._step_sample_indices, row_means)
+            else:
+                log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
+                self.data_selector.assign(self._step_sample_indices, log_weights)
         return loss
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:

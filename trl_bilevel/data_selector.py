@@ -140,6 +140,28 @@ class DataSelector:
             self.logits.grad = None
             self._refresh_normalizer()
 
+    def assign(self, row_indices: torch.Tensor, log_weights: torch.Tensor) -> None:
+        """
+        Set the rows of one global batch to weights computed elsewhere, those of their last visit.
+
+        Args:
+            row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
+            log_weights (`torch.Tensor`): logarithms of weights with mean 1 over the batch, shape (B,). Rows without a
+                finite one are left alone. Of a row that occurs twice, one counts.
+
+        Raises:
+            `ValueError`: if the activation is not softmax, whose logits are logarithms of weights.
+        """
+        if self.activation != "softmax":
+            raise ValueError(f"Only a softmax selector can be given weights, this one is {self.activation!r}.")
+        finite = log_weights.isfinite()
+        row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
+        if row_indices.numel() == 0:
+            return
+        logits = log_weights.new_empty(row_indices.numel()).scatter_(0, occurrence, log_weights[finite])
+        self._scored[row_indices] = True
+        self._set_logits(row_indices, logits.float())
+
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
         share = self._mass(self.logits) / self._total  # (N,), sums to 1

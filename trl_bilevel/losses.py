@@ -81,6 +81,44 @@ def validation_weight_at(epoch: float, initial: float, decay: float) -> float:
     return max(0.0, initial - decay * int(epoch))
 
 
+def closed_form_log_weights(row_means: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Logarithms of the closed-form weights of bilevel multi-objective optimisation (BMO, arXiv 2511.21056).
+
+    The rows' losses are N objectives, of which the lower level seeks a weakly Pareto-optimal point. Smoothing the
+    merit function min_i l_i with a log-sum-exp,
+
+        u(theta) = -tau * log( 1/B * sum_i exp(-l_i / tau) ),
+
+    gives a gradient that weighs rows by w = softmax(-l / tau): for tau = 1 and summed losses in proportion to the
+    likelihood of the response. (This derivation is ours.)
+
+    Args:
+        row_means (`torch.Tensor`): mean negative log-likelihood per completion token of the training rows of a whole
+            optimizer step, shape (B,), in nats.
+        temperature (`float`): tau, in nats.
+
+    Returns:
+        `torch.Tensor`: log w, scaled so that w has mean 1 over the rows with a finite loss, shape (B,); -inf for the
+        others.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> likelihoods = torch.tensor([0.75, 0.25])
+    >>> closed_form_log_weights(-likelihoods.log(), temperature=1.0).exp()
+    tensor([1.5000, 0.5000])
+
+    ```
+    """
+    finite = row_means.isfinite()
+    log_weights = (-row_means / temperature).masked_fill(~finite, -torch.inf)
+    # log w_i = -l_i / tau - log( 1/B * sum_k exp(-l_k / tau) )
+    log_weights = log_weights - log_weights.logsumexp(dim=0) + finite.sum().to(log_weights).log()
+    return log_weights.masked_fill(~finite, -torch.inf)
+
+
 def filter_threshold(weights: torch.Tensor, filter_ratio: float) -> float:
     """
     The weight below which a row takes no part in the lower-level step, so that the `filter_ratio` lowest are left out.
