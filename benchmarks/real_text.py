@@ -41,6 +41,7 @@ class BenchmarkArguments:
     Args:
         data_dir (`str`): folder with the four files.
         num_seeds (`int`): seeds of the model, the corruption and the training.
+        num_gsm8k_rows (`int`): rows of GSM8K's training set, the first ones.
         num_trusted_rows (`int`): rows of GSM8K's test set that are trusted.
         corrupted_ratio (`float`): share of GSM8K rows that get another question's answer in the second setting.
         max_length (`int`): tokens of a row.
@@ -49,6 +50,7 @@ class BenchmarkArguments:
 
     data_dir: str = "../shared/data"
     num_seeds: int = 3
+    num_gsm8k_rows: int = 3500
     num_trusted_rows: int = 300
     corrupted_ratio: float = 0.4
     max_length: int = 192
@@ -126,7 +128,6 @@ def learn_weights(training: Dataset, trusted: Dataset, args: BenchmarkArguments,
             "learning_rate": 2e-3,
             "per_device_train_batch_size": 32,
             "per_device_validation_batch_size": 8,
-            "train_sampling_strategy": "group_by_length",
             "bf16": False,
             "use_cpu": True,
             "activation_checkpointing": False,
@@ -153,6 +154,7 @@ def main(args: BenchmarkArguments) -> None:
     disable_progress_bars()
     console = Console()
     rows = load_rows(Path(args.data_dir))
+    rows["gsm8k_train"] = rows["gsm8k_train"].take(args.num_gsm8k_rows)
     off_task = concatenate_datasets([rows["alpaca"], rows["safety"]])
     is_on_task = np.arange(len(rows["gsm8k_train"]) + len(off_task)) < len(rows["gsm8k_train"])
     results: dict[str, list[float]] = {
