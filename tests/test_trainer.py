@@ -185,13 +185,13 @@ def test_which_tokens_carry_loss(make_trainer, options):
     )
     trainer = make_trainer(train_dataset=rows, validation_dataset=trusted, **options)
     seen = []
-    weigh_rows = trainer._weigh_rows
+    start_step = trainer._start_step
 
-    def recording_weigh_rows(batches, device):
+    def recording_start_step(batches):
         seen.extend((list(batch["sample_indices"]), batch["labels"]) for batch in batches)
-        weigh_rows(batches, device)
+        start_step(batches)
 
-    trainer._weigh_rows = recording_weigh_rows
+    trainer._start_step = recording_start_step
     trainer.train()
     _assert_learned(trainer)
     assert len(seen) == 6
