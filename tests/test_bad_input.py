@@ -31,6 +31,7 @@ ROWS = prompt_completion_rows(24)
             {"selection_method": "bmo", "selector_learning_rate": 0.5},
             "`selector_learning_rate=0.5` has no effect with `selection_method='bmo'`",
         ),
+        ({"bmo_temperature": 0.5}, "`bmo_temperature=0.5` has no effect with `selection_method='bds'`"),
         ({"filter_ratio": 1.0}, "`filter_ratio` must be at least 0 and less than 1, got 1.0"),
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),

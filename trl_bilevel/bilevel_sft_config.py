@@ -164,8 +164,7 @@ class BilevelSFTConfig(SFTConfig):
             )
         if not 0 < self.bmo_temperature < float("inf"):
             raise ValueError(f"`bmo_temperature` must be a finite number larger than 0, got {self.bmo_temperature}.")
-        if self.selection_method == "bmo":
-            _check_no_selector_options(self)
+        _check_options_of_the_other_method(self)
         if not 0 <= self.filter_ratio < 1:
             raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
         _check_sft_options(self)
@@ -187,14 +186,22 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
-def _check_no_selector_options(args: BilevelSFTConfig) -> None:
-    for name in ("selector_activation", "selector_optimizer", "selector_learning_rate"):
-        value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
-        if value != default:
-            raise ValueError(
-                f"`{name}={value!r}` has no effect with `selection_method='bmo'`, whose weights are not learned. "
-                "Leave it out, or use `bmo_temperature`."
-            )
+_OPTIONS_OF_METHOD: dict[SelectionMethod, tuple[str, ...]] = {
+    "bds": ("selector_activation", "selector_optimizer", "selector_learning_rate"),
+    "bmo": ("bmo_temperature",),
+}
+
+
+def _check_options_of_the_other_method(args: BilevelSFTConfig) -> None:
+    """Refuse options that the chosen method would ignore."""
+    for method, names in _OPTIONS_OF_METHOD.items():
+        for name in names:
+            value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
+            if method != args.selection_method and value != default:
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect with `selection_method='{args.selection_method}'`. Leave it "
+                    f"out, or use `selection_method='{method}'`."
+                )
 
 
 def _check_sft_options(args: BilevelSFTConfig) -> None:

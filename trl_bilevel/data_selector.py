@@ -107,7 +107,7 @@ class DataSelector:
 
     @property
     def scored(self) -> torch.Tensor:
-        """Which rows an update has ever moved, bool of shape (N,); the others keep the neutral logit 0."""
+        """Which rows an update has ever moved, bool of shape (N,); the others keep the logit they started with, 0."""
         return self._scored.clone()
 
     def update(self, row_indices: torch.Tensor, losses: torch.Tensor) -> None:
@@ -121,13 +121,9 @@ class DataSelector:
             row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
             losses (`torch.Tensor`): mean negative log-likelihood per completion token, shape (B,), in nats.
         """
-        finite = losses.isfinite()
-        row_indices, losses = row_indices[finite], losses[finite].float()
-        row_indices, occurrence = row_indices.unique(return_inverse=True)
+        row_indices, losses = _once_and_finite(row_indices, losses)
         if row_indices.numel() == 0:
             return
-        # One of a row's duplicates wins; which one does not matter, they were computed from the same parameters
-        losses = losses.new_empty(row_indices.numel()).scatter_(0, occurrence, losses)
         self._scored[row_indices] = True
         if self._adam is None:
             logits = self.logits[row_indices]
@@ -154,13 +150,11 @@ class DataSelector:
         """
         if self.activation != "softmax":
             raise ValueError(f"Only a softmax selector can be given weights, this one is {self.activation!r}.")
-        finite = log_weights.isfinite()
-        row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
+        row_indices, logits = _once_and_finite(row_indices, log_weights)
         if row_indices.numel() == 0:
             return
-        logits = log_weights.new_empty(row_indices.numel()).scatter_(0, occurrence, log_weights[finite])
         self._scored[row_indices] = True
-        self._set_logits(row_indices, logits.float())
+        self._set_logits(row_indices, logits)
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
@@ -272,3 +266,11 @@ class DataSelector:
         self._shift = self.logits.max().item() if self.activation == "softmax" else 0.0
         self._total = self._mass(self.logits).sum().item()
         self._refreshed_total = self._total
+
+
+def _once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows with a finite value, each once, and their values in fp32; both of shape (number of those rows,)."""
+    finite = values.isfinite()
+    row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
+    # One of a row's duplicates wins; which one does not matter, they were computed from the same parameters
+    return row_indices, torch.empty(row_indices.numel()).scatter_(0, occurrence, values[finite].float())
