@@ -15,6 +15,7 @@ from trl_bilevel.paired_batches import (
     PairedSampler,
     ValidationStream,
 )
+from trl_bilevel.preference_pairs import REFERENCE_NLL
 
 
 def _sampler(num_training, num_validation, training_batch, validation_batch, epoch=0):
@@ -87,7 +88,7 @@ def test_batch_keeps_the_identity_and_order_of_rows():
     validation = Dataset.from_dict({"labels": [[7], [8]]})
     rows = PairedDataset(training, validation).__getitems__([PairedIndex(2, (1,)), PairedIndex(0, (0, 1))])
     batch = PairedCollator(lambda rows: {"labels": [row["labels"] for row in rows]})(rows)
-    assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10]}
+    assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10], REFERENCE_NLL: []}
 
 
 def test_collator_that_merges_rows_is_refused():

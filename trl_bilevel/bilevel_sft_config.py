@@ -12,6 +12,7 @@ from .selector_updates import SelectorActivation
 
 
 SelectionMethod = Literal["bds", "bmo"]
+ValidationLossType = Literal["nll", "dpo"]
 
 
 @dataclass
@@ -35,9 +36,16 @@ class BilevelSFTConfig(SFTConfig):
             that bad training rows stand out by their loss; a low one trains more on the weighted training rows.
         validation_weight_decay (`float`, *optional*, defaults to `0.0`):
             How much `validation_weight` falls after every epoch; it stops at 0.
+        validation_loss_type (`str`, *optional*, defaults to `"nll"`):
+            The upper level's objective. `"nll"`: the negative log-likelihood of the validation rows. `"dpo"`: the
+            validation rows are preference pairs, in any format of [`~trl.DPOTrainer`], and the objective is its
+            loss. The reference is the model with its adapter switched off, or without an adapter the model as it is
+            before training; its log-likelihoods are computed once.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Strength of the pull towards the reference in the `"dpo"` loss, as in [`~trl.DPOConfig`].
         per_device_validation_batch_size (`int`, *optional*):
-            Validation rows that join each `per_device_train_batch_size` training rows in the same forward pass. If
-            `None`, as many as training rows.
+            Validation rows (or pairs, each of two sequences) that join each `per_device_train_batch_size` training
+            rows in the same forward pass. If `None`, as many as training rows.
 
         > Parameters that control the data selector
 
@@ -83,11 +91,19 @@ class BilevelSFTConfig(SFTConfig):
         default=0.0,
         metadata={"help": "How much `validation_weight` falls after every epoch; it stops at 0."},
     )
+    validation_loss_type: ValidationLossType = field(
+        default="nll",
+        metadata={"help": "The upper level's objective: `'nll'` of the rows, or `'dpo'` for preference pairs."},
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "Strength of the pull towards the reference in the `'dpo'` loss."},
+    )
     per_device_validation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Validation rows that join each `per_device_train_batch_size` training rows in the same forward "
-            "pass. If `None`, as many as training rows."
+            "help": "Validation rows (or pairs) that join each `per_device_train_batch_size` training rows in the "
+            "same forward pass. If `None`, as many as training rows."
         },
     )
     selector_activation: SelectorActivation = field(
@@ -142,12 +158,15 @@ class BilevelSFTConfig(SFTConfig):
         _check_choice("selection_method", self.selection_method, get_args(SelectionMethod))
         _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))
         _check_choice("selector_optimizer", self.selector_optimizer, get_args(SelectorOptimizer))
+        _check_choice("validation_loss_type", self.validation_loss_type, get_args(ValidationLossType))
         _check_choice("loss_normalization", self.loss_normalization, get_args(LossNormalization))
         if not 0 < self.validation_weight <= 1:
             raise ValueError(
                 f"`validation_weight` must be larger than 0 and at most 1, got {self.validation_weight}. With 0 the "
                 "validation set would have no say; use `SFTTrainer` for that."
             )
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"`beta` must be a finite number larger than 0, got {self.beta}.")
         if not 0 <= self.validation_weight_decay < 1:
             raise ValueError(
                 f"`validation_weight_decay` must be at least 0 and less than 1, got {self.validation_weight_decay}."
@@ -164,7 +183,7 @@ class BilevelSFTConfig(SFTConfig):
             )
         if not 0 < self.bmo_temperature < float("inf"):
             raise ValueError(f"`bmo_temperature` must be a finite number larger than 0, got {self.bmo_temperature}.")
-        _check_options_of_the_other_method(self)
+        _check_ignored_options(self)
         if not 0 <= self.filter_ratio < 1:
             raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
         _check_sft_options(self)
@@ -186,22 +205,26 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
-_OPTIONS_OF_METHOD: dict[SelectionMethod, tuple[str, ...]] = {
-    "bds": ("selector_activation", "selector_optimizer", "selector_learning_rate"),
-    "bmo": ("bmo_temperature",),
+# option -> the choice without which it would be ignored
+_READ_ONLY_WITH: dict[str, tuple[str, str]] = {
+    "selector_activation": ("selection_method", "bds"),
+    "selector_optimizer": ("selection_method", "bds"),
+    "selector_learning_rate": ("selection_method", "bds"),
+    "bmo_temperature": ("selection_method", "bmo"),
+    "beta": ("validation_loss_type", "dpo"),
 }
 
 
-def _check_options_of_the_other_method(args: BilevelSFTConfig) -> None:
-    """Refuse options that the chosen method would ignore."""
-    for method, names in _OPTIONS_OF_METHOD.items():
-        for name in names:
-            value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
-            if method != args.selection_method and value != default:
-                raise ValueError(
-                    f"`{name}={value!r}` has no effect with `selection_method='{args.selection_method}'`. Leave it "
-                    f"out, or use `selection_method='{method}'`."
-                )
+def _check_ignored_options(args: BilevelSFTConfig) -> None:
+    """Refuse options that the other choices made would ignore."""
+    for name, (choice, needed) in _READ_ONLY_WITH.items():
+        value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
+        chosen = getattr(args, choice)
+        if chosen != needed and value != default:
+            raise ValueError(
+                f"`{name}={value!r}` has no effect with `{choice}='{chosen}'`. Leave it out, or use "
+                f"`{choice}='{needed}'`."
+            )
 
 
 def _check_sft_options(args: BilevelSFTConfig) -> None:

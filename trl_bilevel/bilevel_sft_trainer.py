@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .bilevel_sft_config import BilevelSFTConfig
 from .curation import curate_dataset
@@ -27,13 +28,10 @@ from .dataset_checks import (
     warn_about_shared_rows,
 )
 from .losses import (
-    ObjectiveSize,
     RowLosses,
-    WeightedRows,
     closed_form_log_weights,
     filter_threshold,
-    objective_size,
-    row_coefficients,
+    preference_losses,
     row_losses,
     validation_weight_at,
 )
@@ -47,12 +45,12 @@ from .paired_batches import (
     add_sample_indices,
     read_sample_indices,
 )
+from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
+from .step_rows import STEP_ROWS, StepRows, set_coefficients, total_size
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 
 
 logger = get_logger(__name__)
-
-_STEP_ROWS = "step_rows"
 
 _PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 _PAPER_CITATION = f"""\
@@ -62,19 +60,6 @@ _PAPER_CITATION = f"""\
     year         = 2025,
     eprint       = {{arXiv:2511.21056}},
 }}"""
-
-
-@dataclass
-class _StepRows:
-    """
-    How the rows of a micro-batch count, sent along with it.
-
-    An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
-    """
-
-    num_training: int
-    num_filtered: int = 0
-    coefficients: torch.Tensor | None = None  # (T + V,), fp32, on the device
 
 
 class BilevelSFTTrainer(SFTTrainer):
@@ -142,7 +127,7 @@ class BilevelSFTTrainer(SFTTrainer):
             args = BilevelSFTConfig(f"{model_id.split('/')[-1]}-BilevelSFT")
         elif not isinstance(args, BilevelSFTConfig):
             args = BilevelSFTConfig.from_training_arguments(args)
-        check_datasets(train_dataset, validation_dataset)
+        check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         self._source_dataset = train_dataset
         self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
         num_validation = len(validation_dataset)
@@ -150,16 +135,12 @@ class BilevelSFTTrainer(SFTTrainer):
         super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
 
-        self._reject_skip_prepare_without_labels({"validation": validation_dataset}, self.data_collator)
-        if not self._skip_prepare_dataset:
-            validation_dataset = self._prepare_dataset(
-                validation_dataset, self.processing_class, args, False, self._formatting_func, "validation"
-            )
-        self.validation_dataset = validation_dataset
+        self.validation_dataset = self._prepare_validation_dataset(validation_dataset)
         check_prepared_rows("train_dataset", len(train_dataset), len(self.train_dataset), args.max_length)
-        check_prepared_rows("validation_dataset", num_validation, len(validation_dataset), args.max_length)
+        check_prepared_rows("validation_dataset", num_validation, len(self.validation_dataset), args.max_length)
         row_hashes = hash_rows(self.train_dataset)
-        warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset))
+        validation_tokens = "chosen_input_ids" if args.validation_loss_type == "dpo" else "input_ids"
+        warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset, validation_tokens))
         self._rows_fingerprint = fingerprint_rows(
             self._sample_ids, read_sample_indices(self.train_dataset), row_hashes
         )
@@ -178,6 +159,8 @@ class BilevelSFTTrainer(SFTTrainer):
             optimizer=args.selector_optimizer,
             learning_rate=args.selector_learning_rate,
         )
+        if args.validation_loss_type == "dpo":
+            self._add_reference_likelihoods()
         self._training_metrics = TrainingMetrics()
         self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
@@ -197,6 +180,30 @@ class BilevelSFTTrainer(SFTTrainer):
             )
 
     # ---- Data: training and validation rows in one batch ----
+    def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
+        if self.args.validation_loss_type == "dpo":
+            return prepare_pairs(dataset, self)
+        self._reject_skip_prepare_without_labels({"validation": dataset}, self.data_collator)
+        if self._skip_prepare_dataset:
+            return dataset
+        return self._prepare_dataset(
+            dataset, self.processing_class, self.args, False, self._formatting_func, "validation"
+        )
+
+    def _add_reference_likelihoods(self) -> None:
+        """DPO's reference: the adapter switched off, or without one the model before its first step."""
+        reference = use_adapter(self.model, None) if is_peft_model(self.model) else nullcontext()
+        was_training = self.model.training
+        self.model.eval()
+        with reference, self.compute_loss_context_manager():
+            self.validation_dataset = add_reference_likelihoods(
+                self.validation_dataset,
+                self.data_collator,
+                lambda batch: self._forward(self.model, self._prepare_inputs(batch))[1],
+                batch_size=self.validation_batch_size,
+            )
+        self.model.train(was_training)
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         processing_class, config, packing, formatting_func, dataset_name = args
         if formatting_func is not None:
@@ -211,13 +218,14 @@ class BilevelSFTTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if SAMPLE_INDEX_COLUMN not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, SAMPLE_INDEX_COLUMN]
+            self._signature_columns = [*self._signature_columns, SAMPLE_INDEX_COLUMN, REFERENCE_NLL]
 
     def get_train_dataloader(self) -> DataLoader:
         training, validation = self.train_dataset, self.validation_dataset
         if self.args.remove_unused_columns:
             training = self._remove_unused_columns(training, description="training")
-            validation = self._remove_unused_columns(validation, description="validation")
+            if self.args.validation_loss_type == "nll":
+                validation = self._remove_unused_columns(validation, description="validation")
         # Trainer builds its dataloaders with `self.data_collator`, which evaluation needs as it is
         collator, self.data_collator = self.data_collator, PairedCollator(self.data_collator)
         try:
@@ -275,34 +283,24 @@ class BilevelSFTTrainer(SFTTrainer):
         self._step_row_means = []
         self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
-            batch[_STEP_ROWS] = _StepRows(num_training=len(sample_indices))
+            reference_nll = torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device)
+            batch[STEP_ROWS] = StepRows(len(sample_indices), reference_nll)
 
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
         normalization = self.args.loss_normalization
         threshold = filter_threshold(step_weights, self.args.filter_ratio)
-        num_training = [batch[_STEP_ROWS].num_training for batch in batches]
+        step_rows: list[StepRows] = [batch[STEP_ROWS] for batch in batches]
         own_weights = step_weights.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
-
-        micro_batches: list[WeightedRows] = []
-        for batch, weights in zip(batches, own_weights.split(num_training), strict=True):
-            kept = weights >= threshold
-            batch[_STEP_ROWS].num_filtered = int((~kept).sum())
-            num_tokens = batch["labels"][:, 1:].ne(-100).sum(dim=1).to(self.args.device)  # (T + V,)
-            micro_batches.append(
-                WeightedRows(
-                    weights.to(self.args.device),
-                    kept.to(self.args.device),
-                    *num_tokens.tensor_split([len(weights)]),
-                )
-            )
-        size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
+        micro_weights = own_weights.split([rows.num_training for rows in step_rows])
+        micro_batches = [
+            rows.weighted(weights.to(self.args.device), threshold, batch["labels"].to(self.args.device))
+            for rows, weights, batch in zip(step_rows, micro_weights, batches, strict=True)
+        ]
+        size = total_size(micro_batches, normalization)
         if self.args.average_tokens_across_devices:
             size = self.accelerator.reduce(size)
-        for batch, rows in zip(batches, micro_batches, strict=True):
-            batch[_STEP_ROWS].coefficients = row_coefficients(
-                rows, ObjectiveSize(*size), self._step_validation_weight, normalization
-            )
+        set_coefficients(step_rows, micro_batches, size, self._step_validation_weight, normalization)
 
     def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
         return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
@@ -310,10 +308,10 @@ class BilevelSFTTrainer(SFTTrainer):
     @torch.no_grad()
     def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
         self.model.train()
-        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != _STEP_ROWS})
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
         with self.compute_loss_context_manager():
             _, losses = self._forward(self.model_wrapped, inputs)
-        return losses.mean[: batch[_STEP_ROWS].num_training].float().cpu()
+        return losses.mean[: batch[STEP_ROWS].num_training].float().cpu()
 
     def compute_loss(
         self,
@@ -323,37 +321,43 @@ class BilevelSFTTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
-        if _STEP_ROWS not in inputs:  # evaluation
+        if STEP_ROWS not in inputs:  # evaluation
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        rows: _StepRows = inputs.pop(_STEP_ROWS)
+        rows: StepRows = inputs.pop(STEP_ROWS)
+        num_training = rows.num_training
 
         outputs, losses = self._forward(model, inputs)
         # The one transfer from the device: it serves the check below and the selector's level
-        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (T + V,) each
+        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = T + V or T + 2P
         self._step_row_means.append((nll / num_tokens)[: rows.num_training])
         if rows.coefficients is None:
             weights = self._closed_form_weights(self._step_row_means[-1])
-            self._weigh_rows([{"labels": inputs["labels"], _STEP_ROWS: rows}], weights)
-        coefficients = rows.coefficients  # (T + V,)
-        assert coefficients is not None
-        finite = nll.isfinite()
-        if self._any_process(not finite.all()):
+            self._weigh_rows([{"labels": inputs["labels"], STEP_ROWS: rows}], weights)
+        finite = rows.with_whole_pairs(nll.isfinite())
+        num_nonfinite = int((~finite).sum())
+        if self._any_process(num_nonfinite > 0):
             # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
             # All processes take part in the second forward pass, also one that has nothing left to learn from.
-            staying = (finite if finite.any() else ~finite).nonzero().flatten().to(coefficients.device)
-            inputs = {name: value[staying] for name, value in inputs.items()}
+            staying = finite if finite.any() else ~finite
+            inputs = {name: value[staying.to(value.device)] for name, value in inputs.items()}
             outputs, losses = self._forward(model, inputs)
-            coefficients = coefficients[staying]
-        if finite.any():
-            loss = (coefficients * losses.nll).sum()
-        else:
+            rows = rows.only(staying)
+        preferences = None
+        if not finite.any():
             loss = self._zero_loss()
             losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
             logger.warning(
                 f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
                 "the model has diverged: lower `learning_rate`."
             )
+        else:
+            assert rows.coefficients is not None
+            validation_losses = losses.nll[rows.num_training :]  # (V,)
+            if self.args.validation_loss_type == "dpo":
+                preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
+                validation_losses = preferences.losses  # (P,)
+            loss = (rows.coefficients * torch.cat([losses.nll[: rows.num_training], validation_losses])).sum()
 
         if self.args.average_tokens_across_devices:
             # The coefficients divide by the tokens of all processes, and DDP averages over processes again
@@ -366,11 +370,12 @@ class BilevelSFTTrainer(SFTTrainer):
                 losses,
                 outputs.entropy,
                 outputs.is_top1,
-                num_training_rows=int(finite[: rows.num_training].sum()),
+                num_training_rows=rows.num_training if finite.any() else 0,
                 input_tokens=self._count_input_tokens(inputs),
                 aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
+                preferences=preferences,
             ),
-            RowCounts(rows.num_training, rows.num_filtered, nonfinite_rows=int((~finite).sum())),
+            RowCounts(num_training, rows.num_filtered, num_nonfinite),
         )
         return loss
 
@@ -424,6 +429,8 @@ class BilevelSFTTrainer(SFTTrainer):
                 metrics["num_tokens"] = self._total_train_tokens
                 if not self.aux_loss_enabled:
                     del metrics["aux_loss"]
+                if self.args.validation_loss_type != "dpo":
+                    metrics = {name: value for name, value in metrics.items() if not name.startswith("rewards/")}
                 metrics["validation_weight"] = self._step_validation_weight
                 statistics = self.data_selector.statistics()
                 metrics |= {f"selector/{name}": value for name, value in statistics._asdict().items()}

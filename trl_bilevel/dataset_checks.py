@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from pandas.util import hash_pandas_object
 
+from .bilevel_sft_config import ValidationLossType
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN
 
@@ -20,9 +21,9 @@ from .paired_batches import SAMPLE_INDEX_COLUMN
 logger = get_logger(__name__)
 
 
-def check_datasets(training: Any, validation: Any) -> None:
+def check_datasets(training: Any, validation: Any, validation_loss_type: ValidationLossType = "nll") -> None:
     """
-    Check that both datasets are there, map-style, textual and not empty.
+    Check that both datasets are there, map-style, textual, not empty, and of kinds that fit each other.
 
     Raises:
         `TypeError`: for something that is not a `datasets.Dataset`.
@@ -48,8 +49,21 @@ def check_datasets(training: Any, validation: Any) -> None:
                 f"`{name}` has the column {images.pop()!r}: image rows are not supported. Use text rows, or "
                 "`SFTTrainer`."
             )
+    missing_sides = [side for side in ("chosen", "rejected") if side not in validation.column_names]
+    if validation_loss_type == "dpo" and missing_sides:
+        raise ValueError(
+            "`validation_loss_type='dpo'` needs preference pairs, but `validation_dataset` has no column "
+            f"{missing_sides[0]!r}; its columns are {validation.column_names}. Add it, or use "
+            "`validation_loss_type='nll'`."
+        )
+    if validation_loss_type == "nll" and not missing_sides and "completion" not in validation.column_names:
+        raise ValueError(
+            "`validation_dataset` holds preference pairs (columns 'chosen' and 'rejected'). Set "
+            "`validation_loss_type='dpo'`, or rename 'chosen' to 'completion'."
+        )
     for column, kind in (("input_ids", "tokenized"), ("completion", "prompt-completion")):
-        if (column in training.column_names) != (column in validation.column_names):
+        in_training, in_validation = column in training.column_names, column in validation.column_names
+        if validation_loss_type == "nll" and in_training != in_validation:
             raise ValueError(
                 f"`train_dataset` and `validation_dataset` must both be {kind} datasets, or neither, so that both "
                 f"losses cover the same tokens. Their columns are {training.column_names} and "
@@ -156,18 +170,18 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
     return ids
 
 
-def hash_rows(dataset: Dataset) -> np.ndarray | None:
+def hash_rows(dataset: Dataset, column: str = "input_ids") -> np.ndarray | None:
     """
     A hash of each prepared row's tokens, uint64 of shape (N,), the same in every session.
 
     `None` for rows that only the data collator tokenizes.
     """
-    if "input_ids" not in dataset.column_names:
+    if column not in dataset.column_names:
         return None
     hashes = [
         hashlib.blake2b(tokens, digest_size=8).digest()
-        for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
-        for tokens in _token_bytes(batch.column("input_ids").combine_chunks())
+        for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+        for tokens in _token_bytes(batch.column(column).combine_chunks())
     ]
     return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 

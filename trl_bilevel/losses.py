@@ -22,6 +22,17 @@ class RowLosses(NamedTuple):
         return self.nll / self.num_tokens
 
 
+class PreferenceLosses(NamedTuple):
+    """What DPO makes of P preference pairs, each of shape (P,)."""
+
+    losses: torch.Tensor
+    """-log sigmoid of the reward margin, in nats."""
+    chosen_rewards: torch.Tensor
+    """beta times the log-ratio of policy and reference on the chosen completion."""
+    rejected_rewards: torch.Tensor
+    """The same on the rejected completion."""
+
+
 class WeightedRows(NamedTuple):
     """The rows of a micro-batch, T for training and V for validation."""
 
@@ -32,7 +43,7 @@ class WeightedRows(NamedTuple):
     num_training_tokens: torch.Tensor
     """Their completion tokens, shape (T,), int64."""
     num_validation_tokens: torch.Tensor
-    """Completion tokens of the validation rows, shape (V,), int64."""
+    """Completion tokens of the validation rows, shape (V,), int64; 1 for a preference pair."""
 
 
 class ObjectiveSize(NamedTuple):
@@ -64,6 +75,33 @@ def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor) -> RowLosses:
     """
     nll = -(log_probs * label_mask).sum(dim=1)  # (B,)
     return RowLosses(nll=nll, num_tokens=label_mask.sum(dim=1))
+
+
+def preference_losses(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> PreferenceLosses:
+    """
+    Direct preference optimisation (DPO, arXiv 2305.18290, equation 7) as a validation loss.
+
+        r(y) = beta * ( log pi(y|x) - log pi_ref(y|x) ),    loss = -log sigmoid( r(chosen) - r(rejected) )
+
+    Args:
+        nll (`torch.Tensor`): negative log-likelihood of the completions under the policy, summed over their tokens,
+            shape (2P,), in nats; the chosen and the rejected completion of a pair follow each other.
+        reference_nll (`torch.Tensor`): the same under the reference, shape (2P,).
+        beta (`float`): strength of the pull towards the reference.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> nll = torch.tensor([2.0, 5.0])
+    >>> preference_losses(nll, reference_nll=nll, beta=0.1).losses  # log 2: the policy is the reference
+    tensor([0.6931])
+
+    ```
+    """
+    rewards = beta * (reference_nll - nll)  # (2P,)
+    chosen, rejected = rewards.view(-1, 2).unbind(dim=1)  # (P,) each
+    return PreferenceLosses(-torch.nn.functional.logsigmoid(chosen - rejected), chosen, rejected)
 
 
 def validation_weight_at(epoch: float, initial: float, decay: float) -> float:

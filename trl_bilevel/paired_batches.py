@@ -15,6 +15,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from .preference_pairs import REFERENCE_NLL, is_paired, split_pair
+
 
 SAMPLE_INDEX_COLUMN = "bilevel_sample_index"
 """Column added to the training dataset: the row's position in the dataset that the user passed."""
@@ -142,7 +144,8 @@ class PairedDataset(TorchDataset):
 
     Args:
         training (`datasets.Dataset`): prepared training rows with `SAMPLE_INDEX_COLUMN`.
-        validation (`datasets.Dataset`): prepared validation rows, without that column.
+        validation (`datasets.Dataset`): prepared validation rows, without that column; or preference pairs as
+            [`~trl_bilevel.preference_pairs.prepare_pairs`] makes them, each of which becomes two rows.
     """
 
     def __init__(self, training: Dataset, validation: Dataset):
@@ -151,6 +154,7 @@ class PairedDataset(TorchDataset):
         self.training = training
         self.validation = validation
         self.sampler: PairedSampler | None = None
+        self._has_pairs = is_paired(validation)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate when it cannot reach the sampler: on several processes, resumed within an epoch."""
@@ -172,12 +176,15 @@ class PairedDataset(TorchDataset):
         ]
         validation_indices = [row for index in indices for row in index.validation]
         validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
+        if self._has_pairs:
+            validation_rows = [row for pair in validation_rows for row in split_pair(pair)]
         return training_rows + validation_rows
 
 
 class PairedCollator:
     """
-    Collates training and validation rows with the trainer's own collator and keeps the training rows' identity.
+    Collates training and validation rows with the trainer's own collator and keeps the training rows' identity, and
+    the reference's log-likelihoods of preference pairs.
 
     Args:
         collator (`Callable`): collator for the rows themselves. It must keep their number and order.
@@ -188,7 +195,9 @@ class PairedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         sample_indices = [row[SAMPLE_INDEX_COLUMN] for row in rows if SAMPLE_INDEX_COLUMN in row]
-        rows = [{name: value for name, value in row.items() if name != SAMPLE_INDEX_COLUMN} for row in rows]
+        reference_nll = [row[REFERENCE_NLL] for row in rows if REFERENCE_NLL in row]
+        ours = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL)
+        rows = [{name: value for name, value in row.items() if name not in ours} for row in rows]
         batch = self.collator(rows)
         if len(batch["labels"]) != len(rows):
             raise ValueError(
@@ -197,4 +206,5 @@ class PairedCollator:
             )
         # A list, not a tensor: it stays on the host, where the selector looks the weights up without a device sync
         batch[SAMPLE_INDICES] = sample_indices
+        batch[REFERENCE_NLL] = reference_nll
         return batch

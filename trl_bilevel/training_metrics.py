@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .losses import RowLosses
+from .losses import PreferenceLosses, RowLosses
 
 
 class TokenSums(NamedTuple):
@@ -16,10 +16,14 @@ class TokenSums(NamedTuple):
     training_nll: torch.Tensor
     entropy: torch.Tensor
     correct_tokens: torch.Tensor
-    validation_tokens: torch.Tensor
-    validation_nll: torch.Tensor
+    validation_units: torch.Tensor
+    """Completion tokens, or preference pairs."""
+    validation_loss: torch.Tensor
     input_tokens: torch.Tensor
     aux_loss: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+    correct_pairs: torch.Tensor
 
 
 class RowCounts(NamedTuple):
@@ -53,7 +57,8 @@ class TrainingMetrics:
         """
         Averages since the last call under the names they are logged by; empty if nothing was added.
 
-        Losses are in nats per completion token. `num_tokens` counts the input tokens since the last call.
+        Losses are in nats per completion token (DPO's per pair). `num_tokens` counts the input tokens since the last
+        call. The `rewards` mean something for preference pairs only.
 
         Args:
             gather (`Callable`): stacks a tensor of shape (1, K) of every process to (num_processes, K).
@@ -66,9 +71,14 @@ class TrainingMetrics:
         self._row_counts.clear()
         total = dict(zip(TokenSums._fields + RowCounts._fields, sums, strict=True))
         training_tokens = max(total["training_tokens"], 1.0)
+        validation_units = max(total["validation_units"], 1.0)
         return {
             "training_loss": total["training_nll"] / training_tokens,
-            "validation_loss": total["validation_nll"] / max(total["validation_tokens"], 1.0),
+            "validation_loss": total["validation_loss"] / validation_units,
+            "rewards/chosen": total["chosen_rewards"] / validation_units,
+            "rewards/rejected": total["rejected_rewards"] / validation_units,
+            "rewards/margins": (total["chosen_rewards"] - total["rejected_rewards"]) / validation_units,
+            "rewards/accuracies": total["correct_pairs"] / validation_units,
             "entropy": total["entropy"] / training_tokens,
             "mean_token_accuracy": total["correct_tokens"] / training_tokens,
             "aux_loss": total["aux_loss"] / total["micro_batches"],
@@ -85,6 +95,7 @@ def sum_tokens(
     num_training_rows: int,
     input_tokens: torch.Tensor,
     aux_loss: torch.Tensor,
+    preferences: PreferenceLosses | None = None,
 ) -> TokenSums:
     """
     The sums of one paired micro-batch.
@@ -96,14 +107,28 @@ def sum_tokens(
         num_training_rows (`int`): how many rows come first.
         input_tokens (`torch.Tensor`): tokens the model read, prompts included, scalar.
         aux_loss (`torch.Tensor`): load-balancing loss of a mixture-of-experts model, scalar.
+        preferences ([`~trl_bilevel.losses.PreferenceLosses`], *optional*): of the pairs that follow the training rows.
     """
+    zero = aux_loss.new_zeros(())
+    if preferences is None:
+        chosen_rewards, rejected_rewards, correct_pairs = zero, zero, zero
+        validation_units = losses.num_tokens[num_training_rows:].sum()
+        validation_loss = losses.nll[num_training_rows:].sum()
+    else:
+        chosen_rewards, rejected_rewards = preferences.chosen_rewards.sum(), preferences.rejected_rewards.sum()
+        correct_pairs = (preferences.chosen_rewards > preferences.rejected_rewards).sum()
+        validation_units = zero + preferences.losses.numel()
+        validation_loss = preferences.losses.sum()
     return TokenSums(
         training_tokens=losses.num_tokens[:num_training_rows].sum(),
         training_nll=losses.nll[:num_training_rows].sum(),
         entropy=entropy[:num_training_rows].sum(),
         correct_tokens=is_top1[:num_training_rows].sum(),
-        validation_tokens=losses.num_tokens[num_training_rows:].sum(),
-        validation_nll=losses.nll[num_training_rows:].sum(),
+        validation_units=validation_units,
+        validation_loss=validation_loss,
         input_tokens=input_tokens,
         aux_loss=aux_loss,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        correct_pairs=correct_pairs,
     )

@@ -1,0 +1,99 @@
+"""How the rows of an optimizer step count in the objective, worked out before its first forward pass."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .losses import (
+    LossNormalization,
+    ObjectiveSize,
+    WeightedRows,
+    objective_size,
+    row_coefficients,
+)
+
+
+STEP_ROWS = "step_rows"
+"""Batch key of the micro-batch's [`StepRows`]."""
+
+
+@dataclass
+class StepRows:
+    """
+    What the trainer knows of a micro-batch of R rows besides its tokens: T training rows, then the validation rows.
+
+    An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
+    """
+
+    num_training: int
+    """T."""
+    reference_nll: torch.Tensor
+    """Of preference pairs: log-likelihoods under the reference, shape (2P,), fp32, in nats. Empty without pairs."""
+    num_filtered: int = 0
+    """Training rows that take no part in the model's step."""
+    coefficients: torch.Tensor | None = None
+    """What each loss counts, fp32, on the device: (T + V,) for rows, (T + P,) for pairs."""
+
+    def with_whole_pairs(self, finite: torch.Tensor) -> torch.Tensor:
+        """Rows to learn from, bool of shape (R,): those that are `finite`, and of a pair both completions or none."""
+        if not self.reference_nll.numel():
+            return finite
+        pairs = finite[self.num_training :].view(-1, 2).all(dim=1)  # (P,)
+        return torch.cat([finite[: self.num_training], pairs.repeat_interleave(2)])
+
+    def only(self, staying: torch.Tensor) -> "StepRows":
+        """The same without the rows that do not stay; `staying` is bool of shape (R,), pairs being whole."""
+        assert self.coefficients is not None
+        training, validation = staying.cpu().tensor_split([self.num_training])
+        units = torch.cat([training, validation[::2] if self.reference_nll.numel() else validation])
+        return replace(
+            self,
+            num_training=int(training.sum()),
+            reference_nll=self.reference_nll[validation.to(self.reference_nll.device)]
+            if self.reference_nll.numel()
+            else self.reference_nll,
+            coefficients=self.coefficients[units.to(self.coefficients.device)],
+        )
+
+    def weighted(self, weights: torch.Tensor, threshold: float, labels: torch.Tensor) -> WeightedRows:
+        """
+        Join the micro-batch's rows with their weights.
+
+        Args:
+            weights (`torch.Tensor`): of its training rows, shape (T,), on the device of `labels`.
+            threshold (`float`): see [`~trl_bilevel.losses.filter_threshold`].
+            labels (`torch.Tensor`): shape (R, L), -100 where ignored.
+        """
+        kept = weights >= threshold
+        num_tokens = labels[:, 1:].ne(-100).sum(dim=1)  # (R,)
+        training_tokens, validation_tokens = num_tokens.tensor_split([self.num_training])
+        if self.reference_nll.numel():
+            validation_tokens = torch.ones_like(validation_tokens[::2])  # (P,): a pair counts as a whole
+        return WeightedRows(weights, kept, training_tokens, validation_tokens)
+
+
+def total_size(micro_batches: list[WeightedRows], normalization: LossNormalization) -> torch.Tensor:
+    """Divisors of the two losses over some micro-batches, int64 of shape (2,): an [`ObjectiveSize`] to reduce."""
+    return torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
+
+
+def set_coefficients(
+    step_rows: list[StepRows],
+    micro_batches: list[WeightedRows],
+    size: torch.Tensor,
+    validation_weight: float,
+    normalization: LossNormalization,
+) -> None:
+    """
+    Fill in `coefficients` and `num_filtered` of a step's micro-batches.
+
+    Args:
+        step_rows (`list[StepRows]`): to fill in, one per micro-batch.
+        micro_batches (`list[WeightedRows]`): their rows with weights.
+        size (`torch.Tensor`): [`total_size`] over the step, and all processes if losses are averaged across them.
+        validation_weight (`float`): lambda.
+        normalization (`"token"` or `"row"`): what `size` counts.
+    """
+    for rows, weighted in zip(step_rows, micro_batches, strict=True):
+        rows.num_filtered = int((~weighted.kept).sum())
+        rows.coefficients = row_coefficients(weighted, ObjectiveSize(*size), validation_weight, normalization)
