@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_bilevel import DataSelector
-from trl_bilevel import data_selector as data_selector_module
-from trl_bilevel.data_selector import SELECTOR_FILE_NAME
+from trl_bilevel import DataSelector, selector_files
+from trl_bilevel.selector_files import SELECTOR_FILE_NAME
 
 
 MASS = {"softmax": torch.exp, "sigmoid": torch.sigmoid}
@@ -106,10 +105,9 @@ def test_statistics_of_a_published_selector():
     path = SHARED_DATA / "seal_selector_llama3.pt"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
-    logits = torch.load(path, weights_only=True, map_location="cpu").float().flatten()
-    selector = DataSelector(len(logits))
-    selector.logits.copy_(logits)
-    selector._refresh_normalizer()
+    logits = torch.load(path, weights_only=True, map_location="cpu").detach()
+    selector = DataSelector.from_pretrained(path)
+    torch.testing.assert_close(selector.weights(), (len(logits) * logits.double().softmax(0)).float())
     # independent: (sum w)^2 / (N sum w^2) in float64; its published value is about 0.21
     share = logits.double().softmax(0)
     assert selector.statistics().effective_sample_ratio == pytest.approx(1 / (len(share) * (share**2).sum().item()))
@@ -167,7 +165,7 @@ def test_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         Path(filename).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_selector_module, "save_file", full_disk)
+    monkeypatch.setattr(selector_files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         _trained("mirror_descent", 2).save(tmp_path, "rows")
     assert path.read_bytes() == before

@@ -73,6 +73,9 @@ class BilevelSFTConfig(SFTConfig):
         sample_id_column (`str`, *optional*):
             Column of the training dataset with a unique id per row (string or integer), reported in the curated
             dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position.
+        source_column (`str`, *optional*):
+            Column of the training dataset that names each row's source (string or integer). All rows of a source then
+            share one weight (ScaleBiO, arXiv 2406.19976), see [`BilevelSFTTrainer.source_weights`].
     """
 
     selection_method: SelectionMethod = field(
@@ -138,6 +141,13 @@ class BilevelSFTConfig(SFTConfig):
         metadata={
             "help": "Column of the training dataset with a unique id per row. If `None`, the column `sample_id` if "
             "there is one, otherwise the row's position."
+        },
+    )
+
+    source_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the training dataset that names each row's source; rows of a source share one weight."
         },
     )
 
@@ -210,6 +220,7 @@ _READ_ONLY_WITH: dict[str, tuple[str, str]] = {
     "selector_activation": ("selection_method", "bds"),
     "selector_optimizer": ("selection_method", "bds"),
     "selector_learning_rate": ("selection_method", "bds"),
+    "source_column": ("selection_method", "bds"),
     "bmo_temperature": ("selection_method", "bmo"),
     "beta": ("validation_loss_type", "dpo"),
 }

@@ -25,6 +25,7 @@ from .dataset_checks import (
     fingerprint_rows,
     hash_rows,
     resolve_sample_ids,
+    resolve_sources,
     warn_about_shared_rows,
 )
 from .losses import (
@@ -51,6 +52,8 @@ from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 
 
 logger = get_logger(__name__)
+
+_MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
 _PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
 _PAPER_CITATION = f"""\
@@ -80,6 +83,9 @@ class BilevelSFTTrainer(SFTTrainer):
         validation_dataset (`datasets.Dataset`):
             Rows you trust, in the format of `train_dataset`. They define what a good training row is, and are trained
             on. `eval_dataset` is never seen by either level.
+        data_selector ([`DataSelector`] or `str`, *optional*):
+            Weights to start from, joined by sample id: a selector of another run, for instance of a smaller model, or
+            what [`DataSelector.from_pretrained`] reads. With `selector_learning_rate=0` they stay as they are.
 
     Raises:
         `ValueError` or `TypeError`: for datasets or options that cannot work, before training starts.
@@ -120,6 +126,7 @@ class BilevelSFTTrainer(SFTTrainer):
         train_dataset: Any = None,
         *sft_args: Any,
         validation_dataset: Any = None,
+        data_selector: DataSelector | str | os.PathLike | None = None,
         **sft_kwargs: Any,
     ):
         if args is None:
@@ -130,6 +137,14 @@ class BilevelSFTTrainer(SFTTrainer):
         check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         self._source_dataset = train_dataset
         self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
+        self._sources = resolve_sources(train_dataset, args.source_column) if args.source_column else None
+        if isinstance(data_selector, (str, os.PathLike)):
+            data_selector = DataSelector.from_pretrained(data_selector)
+        if data_selector is not None and args.selection_method == "bmo":
+            raise ValueError(
+                "`data_selector` has no effect with `selection_method='bmo'`, whose weights are computed anew at "
+                "every step. Leave it out, or use `selection_method='bds'`."
+            )
         num_validation = len(validation_dataset)
 
         super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
@@ -142,7 +157,7 @@ class BilevelSFTTrainer(SFTTrainer):
         validation_tokens = "chosen_input_ids" if args.validation_loss_type == "dpo" else "input_ids"
         warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset, validation_tokens))
         self._rows_fingerprint = fingerprint_rows(
-            self._sample_ids, read_sample_indices(self.train_dataset), row_hashes
+            self._sample_ids, read_sample_indices(self.train_dataset), row_hashes, self._sources
         )
 
         self.validation_batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
@@ -158,7 +173,12 @@ class BilevelSFTTrainer(SFTTrainer):
             activation=args.selector_activation,
             optimizer=args.selector_optimizer,
             learning_rate=args.selector_learning_rate,
+            sources=None if self._sources is None else self._sources.of_rows,
+            sample_ids=self._sample_ids,
         )
+        if data_selector is not None:
+            num_known = self.data_selector.start_from(data_selector)
+            logger.info(f"{num_known} of {len(train_dataset)} rows start with a weight of the given selector.")
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
         self._training_metrics = TrainingMetrics()
@@ -434,6 +454,8 @@ class BilevelSFTTrainer(SFTTrainer):
                 metrics["validation_weight"] = self._step_validation_weight
                 statistics = self.data_selector.statistics()
                 metrics |= {f"selector/{name}": value for name, value in statistics._asdict().items()}
+                if self._sources is not None and len(self._sources.names) <= _MAX_LOGGED_SOURCES:
+                    metrics |= {f"source_weight/{name}": value for name, value in self.source_weights().items()}
             self._metrics["train"].update({name: [value] for name, value in metrics.items()})
         super().log(logs, start_time)
 
@@ -460,6 +482,18 @@ class BilevelSFTTrainer(SFTTrainer):
             scored=self.data_selector.scored.numpy(),
             keep_ratio=keep_ratio,
         )
+
+    def source_weights(self) -> dict[str | int, float]:
+        """
+        The weight of each source, the highest first; weights have mean 1 over rows.
+
+        Raises:
+            `ValueError`: without `source_column`.
+        """
+        if self._sources is None:
+            raise ValueError("Rows have weights of their own. Set `source_column` for one weight per source.")
+        weights = dict(zip(self._sources.names.to_pylist(), self.data_selector.source_weights().tolist(), strict=True))
+        return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Part of every checkpoint and of the final model, also with `save_only_model`; before a push would upload it

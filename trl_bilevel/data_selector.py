@@ -1,19 +1,19 @@
 """The data selector: one logit per training row, and the weights it stands for."""
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from .selector_files import read_selector_state, read_selector_table, write_selector_state, write_selector_table
 from .selector_updates import SelectorActivation, mirror_descent_step, selection_gradient
 
 
-SELECTOR_FILE_NAME = "data_selector.safetensors"
-_FORMAT_VERSION = "1"
 # The running normaliser is recomputed once its rounding error, or exp(), could matter (see `_set_logits`).
 _LARGEST_EXPONENT = 200.0
 _SMALLEST_TOTAL_RATIO = 1e-6
@@ -49,9 +49,15 @@ class DataSelector:
             reference of the published codes (SEAL, BIPOST), kept for comparison.
         learning_rate (`float`, *optional*): for mirror descent the step in logits per nat of excess loss, 1 if not
             given; for Adam its usual rate, 5e-3 if not given.
+        sources (`torch.Tensor`, *optional*): the source of each row, int64 of shape (N,), numbered from 0 without
+            gaps. All rows of a source then share one weight (ScaleBiO, arXiv 2406.19976). A mirror-descent step moves
+            it by the mean of the steps that its rows would take, so that an epoch moves a source as far as a row.
+        sample_ids (`pyarrow.ChunkedArray`, *optional*): N unique ids, strings or integers, under which
+            `save_pretrained` stores the rows; their positions if not given.
 
     Raises:
-        `ValueError`: for an empty dataset, an unknown activation or optimizer, or a negative or non-finite rate.
+        `ValueError`: for an empty dataset, an unknown activation or optimizer, a negative or non-finite rate, or
+            sources or ids of another number of rows.
 
     Example:
 
@@ -77,6 +83,8 @@ class DataSelector:
         activation: SelectorActivation = "softmax",
         optimizer: SelectorOptimizer = "mirror_descent",
         learning_rate: float | None = None,
+        sources: torch.Tensor | None = None,
+        sample_ids: pa.ChunkedArray | None = None,
     ):
         if num_rows < 1:
             raise ValueError(f"A data selector needs at least one row to weigh, got num_rows={num_rows}.")
@@ -92,23 +100,40 @@ class DataSelector:
         self.activation = activation
         self.optimizer = optimizer
         self.learning_rate = learning_rate
-        self.logits = torch.zeros(num_rows)  # (N,)
-        self._scored = torch.zeros(num_rows, dtype=torch.bool)  # (N,)
-        self._adam = torch.optim.Adam([self.logits], lr=learning_rate) if optimizer == "adam" else None
+        for name, values in (("sources", sources), ("sample_ids", sample_ids)):
+            if values is not None and len(values) != num_rows:
+                raise ValueError(f"{name} must have one entry per row, got {len(values)} for {num_rows} rows.")
+        self.sample_ids = pa.chunked_array([np.arange(num_rows)]) if sample_ids is None else sample_ids
+        self.sources = sources
+        num_units = num_rows if sources is None else int(sources.max()) + 1
+        # A unit is what has a weight: a row, or a source
+        self._unit_sizes = None if sources is None else sources.bincount(minlength=num_units).double()  # (U,)
+        self._unit_logits = torch.zeros(num_units)  # (U,)
+        self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
+        self._adam = torch.optim.Adam([self._unit_logits], lr=learning_rate) if optimizer == "adam" else None
         self._refresh_normalizer()
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """omega of all rows, shape (N,), fp32, in the row order of the training dataset."""
+        return self._unit_logits if self.sources is None else self._unit_logits[self.sources]
 
     def weights(self) -> torch.Tensor:
         """Weights of all rows, shape (N,), fp32, mean 1, in the row order of the training dataset."""
         return self._normalize(self._mass(self.logits))
 
+    def source_weights(self) -> torch.Tensor:
+        """Weight of each source, shape (number of sources,), fp32; without sources those of the rows."""
+        return self._normalize(self._mass(self._unit_logits))
+
     def weights_of(self, row_indices: torch.Tensor) -> torch.Tensor:
         """Weights of some rows, in O(B): `row_indices` is int64 of shape (B,), the result fp32 of shape (B,)."""
-        return self._normalize(self._mass(self.logits[row_indices]))
+        return self._normalize(self._mass(self._unit_logits[self._units_of(row_indices)]))
 
     @property
     def scored(self) -> torch.Tensor:
-        """Which rows an update has ever moved, bool of shape (N,); the others keep the logit they started with, 0."""
-        return self._scored.clone()
+        """Which rows an update has ever moved, bool of shape (N,); the others keep the logit they started with."""
+        return self._scored.clone() if self.sources is None else self._scored[self.sources]
 
     def update(self, row_indices: torch.Tensor, losses: torch.Tensor) -> None:
         """
@@ -124,16 +149,19 @@ class DataSelector:
         row_indices, losses = _once_and_finite(row_indices, losses)
         if row_indices.numel() == 0:
             return
-        self._scored[row_indices] = True
+        units = self._units_of(row_indices)
+        self._scored[units] = True
         if self._adam is None:
-            logits = self.logits[row_indices]
-            logits = mirror_descent_step(logits, self._log_mass(logits), losses, self.learning_rate)
-            self._set_logits(row_indices, logits)
+            before = self._unit_logits[units]
+            after = mirror_descent_step(before, self._log_mass(before), losses, self.learning_rate)
+            self._set_logits(*self._mean_over_source(units, before, after))
         else:
-            mass = self._mass(self.logits)
-            self.logits.grad = selection_gradient(mass, row_indices, losses.double(), self.activation).float()
+            gradient = selection_gradient(self._mass(self.logits), row_indices, losses.double(), self.activation)
+            if self.sources is not None:
+                gradient = gradient.new_zeros(self._unit_logits.shape).index_add_(0, self.sources, gradient)
+            self._unit_logits.grad = gradient.float()
             self._adam.step()
-            self.logits.grad = None
+            self._unit_logits.grad = None
             self._refresh_normalizer()
 
     def assign(self, row_indices: torch.Tensor, log_weights: torch.Tensor) -> None:
@@ -148,8 +176,8 @@ class DataSelector:
         Raises:
             `ValueError`: if the activation is not softmax, whose logits are logarithms of weights.
         """
-        if self.activation != "softmax":
-            raise ValueError(f"Only a softmax selector can be given weights, this one is {self.activation!r}.")
+        if self.activation != "softmax" or self.sources is not None:
+            raise ValueError("Only a softmax selector with one weight per row can be given weights.")
         row_indices, logits = _once_and_finite(row_indices, log_weights)
         if row_indices.numel() == 0:
             return
@@ -158,10 +186,11 @@ class DataSelector:
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
-        share = self._mass(self.logits) / self._total  # (N,), sums to 1
+        share = self._mass(self._unit_logits) / self._total  # (U,), of one row of the unit; over rows it sums to 1
+        num_rows = torch.ones_like(share) if self._unit_sizes is None else self._unit_sizes
         return SelectorStatistics(
-            entropy=torch.special.entr(share).sum().item(),
-            effective_sample_ratio=1 / (self.num_rows * share.square().sum().item()),
+            entropy=torch.dot(num_rows, torch.special.entr(share)).item(),
+            effective_sample_ratio=1 / (self.num_rows * torch.dot(num_rows, share.square()).item()),
             weight_min=self.num_rows * share.min().item(),
             weight_max=self.num_rows * share.max().item(),
         )
@@ -178,17 +207,13 @@ class DataSelector:
             `pathlib.Path`: the file written.
         """
         tensors = {
-            "logits": self.logits,
+            "logits": self._unit_logits,
             "scored": self._scored,
             "normalizer": torch.tensor([self._shift, self._total, self._refreshed_total], dtype=torch.float64),
         }
         if self._adam is not None:
-            tensors |= {f"adam.{name}": value for name, value in self._adam.state[self.logits].items()}
-        path = Path(directory) / SELECTOR_FILE_NAME
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt", "selector": json.dumps(self._identity(fingerprint))})
-        os.replace(partial, path)
-        return path
+            tensors |= {f"adam.{name}": value for name, value in self._adam.state[self._unit_logits].items()}
+        return write_selector_state(directory, tensors, self._identity(fingerprint))
 
     def load(self, directory: str | os.PathLike, fingerprint: str) -> None:
         """
@@ -198,45 +223,120 @@ class DataSelector:
             `FileNotFoundError`: if the directory holds no selector state.
             `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
         """
-        path = Path(directory) / SELECTOR_FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist, so the learned row weights cannot be restored. Resume from a checkpoint that "
-                "BilevelSFTTrainer wrote, or train from the start."
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                stored = json.loads((file.metadata() or {}).get("selector", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged and cannot be read ({error}). Resume from another checkpoint."
-            ) from error
-        expected = self._identity(fingerprint)
-        differing = [
-            f"{key} {stored.get(key)!r} (now {value!r})" for key, value in expected.items() if stored.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{path} was written for another run: {', '.join(differing)}. Resume with the same training rows, "
-                "sample ids and selector options, or train from the start."
-            )
-        self.logits.copy_(tensors["logits"])
+        tensors = read_selector_state(directory, self._identity(fingerprint))
+        self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
         self._shift, self._total, self._refreshed_total = tensors["normalizer"].tolist()
         if self._adam is not None:
-            self._adam.state[self.logits] = {
+            self._adam.state[self._unit_logits] = {
                 name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")
             }
 
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """
+        Write every row's logit and weight under its sample id, for other runs and other tools.
+
+        Args:
+            directory (`str` or `os.PathLike`): created if it does not exist.
+
+        Returns:
+            `pathlib.Path`: `data_selector.parquet`, with the columns `sample_id`, `logit`, `weight` and `scored`.
+        """
+        columns = {
+            "sample_id": self.sample_ids,
+            "logit": self.logits.numpy(),
+            "weight": self.weights().numpy(),
+            "scored": self.scored.numpy(),
+        }
+        return write_selector_table(directory, pa.table(columns), self.activation)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike) -> "DataSelector":
+        """
+        Read a selector that `save_pretrained` wrote, or one that SEAL (arXiv 2410.07471) published.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): a directory; a dataset repository on the Hub; or a `.pt` file with a
+                bare vector of softmax logits, whose ids are the positions.
+
+        Raises:
+            `FileNotFoundError`: if there is no selector.
+            `ValueError`: if the file is damaged or holds something else.
+        """
+        table, activation = read_selector_table(name_or_path)
+        selector = cls(table.num_rows, activation=activation, sample_ids=table.column("sample_id"))
+        selector._unit_logits.copy_(torch.tensor(table.column("logit").to_numpy()))
+        selector._scored.copy_(torch.tensor(table.column("scored").to_numpy()))
+        selector._refresh_normalizer()
+        return selector
+
+    def start_from(self, other: "DataSelector") -> int:
+        """
+        Take over the weights of another selector, joined by sample id.
+
+        Rows that the other does not know, or never scored, start with its mean weight. A source starts with the mean
+        logit of its rows.
+
+        Args:
+            other ([`DataSelector`]): for instance one that was trained with a smaller model.
+
+        Returns:
+            `int`: number of rows that were found in `other` with a score.
+
+        Raises:
+            `ValueError`: if no row was found, or the activations differ, which would change what logits mean.
+        """
+        if other.activation != self.activation:
+            raise ValueError(
+                f"The given selector has {other.activation!r} weights, this one {self.activation!r}. Set "
+                f"`selector_activation={other.activation!r}`."
+            )
+        positions = pa.compute.index_in(_strings(self.sample_ids), value_set=_strings(other.sample_ids))
+        positions = torch.tensor(positions.fill_null(-1).to_numpy().astype(np.int64))  # (N,)
+        known = (positions >= 0) & other.scored[positions]
+        if not known.any():
+            raise ValueError(
+                "None of the rows has a score in the given selector, so nothing can be taken over. Sample ids are "
+                f"like {self.sample_ids[0].as_py()!r} here and like {other.sample_ids[0].as_py()!r} there. Use "
+                "the same `sample_id_column` in both runs."
+            )
+        # Of mean weight: its mass is the mean mass of the other's rows
+        mean_mass = other._total / other.num_rows
+        neutral = (
+            other._shift + math.log(mean_mass)
+            if self.activation == "softmax"
+            else math.log(mean_mass / (1 - mean_mass))
+        )
+        logits = torch.where(known, other.logits[positions], neutral)
+        if self._unit_sizes is not None and self.sources is not None:
+            total = torch.zeros_like(self._unit_sizes).index_add_(0, self.sources, logits.double())
+            logits = total / self._unit_sizes
+        self._unit_logits.copy_(logits)
+        self._scored[self._units_of(known.nonzero().flatten())] = True
+        self._refresh_normalizer()
+        return int(known.sum())
+
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         return {
-            "format_version": _FORMAT_VERSION,
             "num_rows": self.num_rows,
             "rows_fingerprint": fingerprint,
             "activation": self.activation,
             "optimizer": self.optimizer,
         }
+
+    def _units_of(self, row_indices: torch.Tensor) -> torch.Tensor:
+        return row_indices if self.sources is None else self.sources[row_indices]
+
+    def _mean_over_source(
+        self, units: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The units of a batch, each once, and their new logits; takes those of its rows, shape (B,) each."""
+        if self._unit_sizes is None:
+            return units, after
+        # omega_s <- omega_s + 1/n_s * sum_{i in B and s} (step of row i)
+        steps = (after - before) / self._unit_sizes[units]
+        moved, position = units.unique(return_inverse=True)
+        return moved, self._unit_logits[moved] + torch.zeros(moved.shape).index_add_(0, position, steps.float())
 
     def _log_mass(self, logits: torch.Tensor) -> torch.Tensor:
         """Logarithms of the unnormalised weights in float64, same shape as `logits`."""
@@ -250,22 +350,32 @@ class DataSelector:
         # w_i = N * mass_i / sum(mass)
         return (mass * (self.num_rows / self._total)).float()
 
-    def _set_logits(self, row_indices: torch.Tensor, logits: torch.Tensor) -> None:
-        before = self._mass(self.logits[row_indices]).sum().item()
-        self.logits[row_indices] = logits
+    def _set_logits(self, units: torch.Tensor, logits: torch.Tensor) -> None:
+        before = self._rows_mass(units)
+        self._unit_logits[units] = logits
         if logits.max().item() - self._shift > _LARGEST_EXPONENT:
             self._refresh_normalizer()
             return
-        self._total += self._mass(self.logits[row_indices]).sum().item() - before
+        self._total += self._rows_mass(units) - before
         # Subtracting most of a sum leaves mainly its rounding error
         if self._total < _SMALLEST_TOTAL_RATIO * self._refreshed_total:
             self._refresh_normalizer()
         self._refreshed_total = max(self._refreshed_total, self._total)
 
+    def _rows_mass(self, units: torch.Tensor | slice) -> float:
+        """Mass of all rows of some units together."""
+        mass = self._mass(self._unit_logits[units])
+        return (mass if self._unit_sizes is None else mass * self._unit_sizes[units]).sum().item()
+
     def _refresh_normalizer(self) -> None:
-        self._shift = self.logits.max().item() if self.activation == "softmax" else 0.0
-        self._total = self._mass(self.logits).sum().item()
+        self._shift = self._unit_logits.max().item() if self.activation == "softmax" else 0.0
+        self._total = self._rows_mass(slice(None))
         self._refreshed_total = self._total
+
+
+def _strings(ids: pa.ChunkedArray) -> pa.Array:
+    """Ids in one type, whatever integer or string type they were stored in."""
+    return ids.cast(pa.large_string()).combine_chunks()
 
 
 def _once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,10 +5,11 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from pandas.util import hash_pandas_object
@@ -150,13 +151,7 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
         raise ValueError(
             f"`sample_id_column={column!r}` is not a column of `train_dataset`, which has {dataset.column_names}."
         )
-    ids = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    ids = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([ids])
-    if not (pa.types.is_integer(ids.type) or pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
-        raise TypeError(
-            f"Sample ids must be strings or integers, but the column {column!r} has type {ids.type}. Cast it with "
-            "`train_dataset.cast_column`."
-        )
+    ids = _read_labels(dataset, column, "Sample ids")
     if ids.null_count:
         raise ValueError(
             f"{ids.null_count} of {len(ids)} rows have no id in the column {column!r}. Give each row one."
@@ -168,6 +163,48 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
             f"{column!r}, for example {repeated!r} ({times} times). Use another column, or none."
         )
     return ids
+
+
+class Sources(NamedTuple):
+    """The sources of a training dataset, S of them."""
+
+    names: pa.Array
+    """Strings or integers, in the order of their first row, S of them."""
+    of_rows: torch.Tensor
+    """Number of each row's source, int64 of shape (N,)."""
+
+
+def resolve_sources(dataset: Dataset, column: str) -> Sources:
+    """
+    Read the column that names the rows' sources.
+
+    Raises:
+        `TypeError`: for sources that are neither strings nor integers.
+        `ValueError`: for a column that does not exist, or rows without a source.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`source_column={column!r}` is not a column of `train_dataset`, which has {dataset.column_names}."
+        )
+    encoded = _read_labels(dataset, column, "Sources").dictionary_encode().unify_dictionaries()
+    if encoded.null_count:
+        raise ValueError(f"{encoded.null_count} of {len(encoded)} rows have no source in the column {column!r}.")
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    return Sources(encoded.chunk(0).dictionary, torch.from_numpy(codes.astype(np.int64)))
+
+
+def _read_labels(dataset: Dataset, column: str, role: str) -> pa.ChunkedArray:
+    """A column of strings or integers."""
+    values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    values = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+    if not (
+        pa.types.is_integer(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    ):
+        raise TypeError(
+            f"{role} must be strings or integers, but the column {column!r} has type {values.type}. Cast it with "
+            "`train_dataset.cast_column`."
+        )
+    return values
 
 
 def hash_rows(dataset: Dataset, column: str = "input_ids") -> np.ndarray | None:
@@ -193,7 +230,9 @@ def _token_bytes(rows: pa.ListArray) -> Iterator[bytes]:
         yield tokens[start:stop].tobytes()
 
 
-def fingerprint_rows(ids: pa.ChunkedArray, sample_indices: np.ndarray, row_hashes: np.ndarray | None) -> str:
+def fingerprint_rows(
+    ids: pa.ChunkedArray, sample_indices: np.ndarray, row_hashes: np.ndarray | None, sources: Sources | None = None
+) -> str:
     """
     A short digest of the training rows, to tell on resume whether they are still the same.
 
@@ -201,12 +240,15 @@ def fingerprint_rows(ids: pa.ChunkedArray, sample_indices: np.ndarray, row_hashe
         ids (`pyarrow.ChunkedArray`): ids of all rows, in their order.
         sample_indices (`numpy.ndarray`): positions of the prepared rows among them, in any order, shape (M,).
         row_hashes (`numpy.ndarray`, *optional*): what [`hash_rows`] made of the prepared rows, shape (M,).
+        sources ([`Sources`], *optional*): of all rows.
     """
     digest = hashlib.sha256(hash_pandas_object(ids.to_pandas(), index=False).to_numpy().tobytes())
     order = sample_indices.argsort()
     digest.update(sample_indices[order].astype(np.int64).tobytes())
     if row_hashes is not None:
         digest.update(row_hashes[order].tobytes())
+    if sources is not None:
+        digest.update(sources.of_rows.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
