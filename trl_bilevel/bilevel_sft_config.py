@@ -6,13 +6,14 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .data_selector import SelectorOptimizer
+from .data_selector import SelectorOptimizer, ValueFunctionRows
 from .losses import LossNormalization
 from .selector_updates import SelectorActivation
 
 
 SelectionMethod = Literal["bds", "bmo"]
 ValidationLossType = Literal["nll", "dpo"]
+ValueFunctionType = Literal["none", "adapter"]
 
 
 @dataclass
@@ -46,6 +47,15 @@ class BilevelSFTConfig(SFTConfig):
         per_device_validation_batch_size (`int`, *optional*):
             Validation rows (or pairs, each of two sequences) that join each `per_device_train_batch_size` training
             rows in the same forward pass. If `None`, as many as training rows.
+
+        value_function (`str`, *optional*, defaults to `"none"`):
+            `"adapter"`: a second set of values for the PEFT adapter's parameters, on the same base, learns the
+            training rows only. The selector then follows the excess loss, how much worse a row is under the model
+            than under them, and not the loss, which is high for any hard row. Costs a forward and backward pass over
+            the training rows.
+        value_function_rows (`str`, *optional*, defaults to `"rejected"`):
+            Which rows the value function learns: `"rejected"`, those the selector turned down; `"all"`; or
+            `"selected"`, the lower level's weighted rows.
 
         > Parameters that control the data selector
 
@@ -109,6 +119,17 @@ class BilevelSFTConfig(SFTConfig):
             "same forward pass. If `None`, as many as training rows."
         },
     )
+    value_function: ValueFunctionType = field(
+        default="none",
+        metadata={
+            "help": "`'adapter'`: a second set of adapter values learns the training rows only, and the selector "
+            "follows the excess loss over it."
+        },
+    )
+    value_function_rows: ValueFunctionRows = field(
+        default="rejected",
+        metadata={"help": "Rows that the value function learns: `'rejected'`, `'all'` or `'selected'`."},
+    )
     selector_activation: SelectorActivation = field(
         default="softmax",
         metadata={"help": "How a row's logit becomes its weight; both are scaled to mean 1."},
@@ -169,6 +190,8 @@ class BilevelSFTConfig(SFTConfig):
         _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))
         _check_choice("selector_optimizer", self.selector_optimizer, get_args(SelectorOptimizer))
         _check_choice("validation_loss_type", self.validation_loss_type, get_args(ValidationLossType))
+        _check_choice("value_function", self.value_function, get_args(ValueFunctionType))
+        _check_choice("value_function_rows", self.value_function_rows, get_args(ValueFunctionRows))
         _check_choice("loss_normalization", self.loss_normalization, get_args(LossNormalization))
         if not 0 < self.validation_weight <= 1:
             raise ValueError(
@@ -221,6 +244,8 @@ _READ_ONLY_WITH: dict[str, tuple[str, str]] = {
     "selector_optimizer": ("selection_method", "bds"),
     "selector_learning_rate": ("selection_method", "bds"),
     "source_column": ("selection_method", "bds"),
+    "value_function": ("selection_method", "bds"),
+    "value_function_rows": ("value_function", "adapter"),
     "bmo_temperature": ("selection_method", "bmo"),
     "beta": ("validation_loss_type", "dpo"),
 }

@@ -1,21 +1,19 @@
 """The bilevel step, inside TRL's training loop."""
 
 import os
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .bilevel_sft_config import BilevelSFTConfig
+from .bilevel_step import BilevelStep
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .dataset_checks import (
@@ -28,17 +26,8 @@ from .dataset_checks import (
     resolve_sources,
     warn_about_shared_rows,
 )
-from .losses import (
-    RowLosses,
-    closed_form_log_weights,
-    filter_threshold,
-    preference_losses,
-    row_losses,
-    validation_weight_at,
-)
 from .paired_batches import (
     SAMPLE_INDEX_COLUMN,
-    SAMPLE_INDICES,
     PairedCollator,
     PairedDataset,
     PairedSampler,
@@ -47,8 +36,8 @@ from .paired_batches import (
     read_sample_indices,
 )
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
-from .step_rows import STEP_ROWS, StepRows, set_coefficients, total_size
-from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
+from .training_metrics import TrainingMetrics
+from .value_function import ValueFunction, optimizer_maker
 
 
 logger = get_logger(__name__)
@@ -65,7 +54,7 @@ _PAPER_CITATION = f"""\
 }}"""
 
 
-class BilevelSFTTrainer(SFTTrainer):
+class BilevelSFTTrainer(BilevelStep):
     r"""
     [`~trl.SFTTrainer`] that learns, while it trains, how much each training row should count.
 
@@ -73,8 +62,8 @@ class BilevelSFTTrainer(SFTTrainer):
     through one forward pass. The model descends $\lambda L_{val} + (1-\lambda) L_{train}(w)$; then the data selector
     moves the weights $w$ of the batch's training rows against their losses. Bilevel data selection, arXiv 2511.21056.
 
-    Where to read it: [`get_batch_samples`] looks up weights, [`compute_loss`] is the model's level, and
-    [`training_step`] ends with the selector's level.
+    Where to read it: [`~trl_bilevel.bilevel_step.BilevelStep`] is the step itself; this class prepares the datasets,
+    the selector and the value function for it, and hands out the results.
 
     Args:
         model, args, data_collator, train_dataset, ...:
@@ -111,10 +100,6 @@ class BilevelSFTTrainer(SFTTrainer):
     _name = "Bilevel SFT"
     _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
 
-    # `compute_loss` divides by the tokens of the whole optimizer step
-    loss_is_scaled_for_ga = True
-
-    args: BilevelSFTConfig
     data_collator: Any
     _signature_columns: list[str]
 
@@ -181,10 +166,8 @@ class BilevelSFTTrainer(SFTTrainer):
             logger.info(f"{num_known} of {len(train_dataset)} rows start with a weight of the given selector.")
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
+        self.value_function = self._build_value_function() if args.value_function == "adapter" else None
         self._training_metrics = TrainingMetrics()
-        self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
-        self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
-        self._step_validation_weight = args.validation_weight
 
     def _refuse_unsupported_setup(self) -> None:
         if self.compute_loss_func is not None:
@@ -198,6 +181,22 @@ class BilevelSFTTrainer(SFTTrainer):
                 "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
                 f"Use data parallelism only, got {parallelism}."
             )
+
+    def _build_value_function(self) -> ValueFunction:
+        if not is_peft_model(self.model):
+            raise ValueError(
+                "`value_function='adapter'` needs a model with a PEFT adapter: without one it would be a second copy "
+                "of the model. Pass `peft_config=LoraConfig(...)`, or use `value_function='none'`."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
+            raise ValueError(
+                "`value_function='adapter'` is not supported with DeepSpeed, FSDP or fp16, which move or scale the "
+                "adapter's parameters and gradients. Use plain data parallelism and bf16, or `value_function='none'`."
+            )
+        parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        make_optimizer = optimizer_maker(optimizer_class, options, self.args.weight_decay, self.args.optim)
+        return ValueFunction(parameters, make_optimizer, self.args.max_grad_norm)
 
     # ---- Data: training and validation rows in one batch ----
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
@@ -273,173 +272,6 @@ class BilevelSFTTrainer(SFTTrainer):
         )
         return dataset.sampler
 
-    # ---- The bilevel step ----
-    @property
-    def validation_weight(self) -> float:
-        """lambda, the weight of the validation loss, in the current epoch."""
-        return validation_weight_at(
-            self.state.epoch or 0, self.args.validation_weight, self.args.validation_weight_decay
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
-        """Once per optimizer step: how much each row of its micro-batches counts in the objective."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self._start_step(batches)
-            if self.args.selection_method == "bds":
-                self._weigh_rows(batches, self.data_selector.weights_of(self._step_sample_indices))
-            elif len(batches) > 1:
-                # The weights of BMO compare the losses of all micro-batches, which are not known before the first
-                # backward pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
-                row_means = torch.cat([self._row_means_without_gradient(batch) for batch in batches])
-                self._weigh_rows(batches, self._closed_form_weights(row_means))
-        return batches, num_items_in_batch
-
-    def _start_step(self, batches: list[dict[str, Any]]) -> None:
-        indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
-        self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
-        self._step_row_means = []
-        self._step_validation_weight = self.validation_weight
-        for batch, sample_indices in zip(batches, indices, strict=True):
-            reference_nll = torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device)
-            batch[STEP_ROWS] = StepRows(len(sample_indices), reference_nll)
-
-    def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
-        """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
-        normalization = self.args.loss_normalization
-        threshold = filter_threshold(step_weights, self.args.filter_ratio)
-        step_rows: list[StepRows] = [batch[STEP_ROWS] for batch in batches]
-        own_weights = step_weights.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
-        micro_weights = own_weights.split([rows.num_training for rows in step_rows])
-        micro_batches = [
-            rows.weighted(weights.to(self.args.device), threshold, batch["labels"].to(self.args.device))
-            for rows, weights, batch in zip(step_rows, micro_weights, batches, strict=True)
-        ]
-        size = total_size(micro_batches, normalization)
-        if self.args.average_tokens_across_devices:
-            size = self.accelerator.reduce(size)
-        set_coefficients(step_rows, micro_batches, size, self._step_validation_weight, normalization)
-
-    def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
-        return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
-
-    @torch.no_grad()
-    def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
-        self.model.train()
-        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
-        with self.compute_loss_context_manager():
-            _, losses = self._forward(self.model_wrapped, inputs)
-        return losses.mean[: batch[STEP_ROWS].num_training].float().cpu()
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
-        if STEP_ROWS not in inputs:  # evaluation
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        rows: StepRows = inputs.pop(STEP_ROWS)
-        num_training = rows.num_training
-
-        outputs, losses = self._forward(model, inputs)
-        # The one transfer from the device: it serves the check below and the selector's level
-        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = T + V or T + 2P
-        self._step_row_means.append((nll / num_tokens)[: rows.num_training])
-        if rows.coefficients is None:
-            weights = self._closed_form_weights(self._step_row_means[-1])
-            self._weigh_rows([{"labels": inputs["labels"], STEP_ROWS: rows}], weights)
-        finite = rows.with_whole_pairs(nll.isfinite())
-        num_nonfinite = int((~finite).sum())
-        if self._any_process(num_nonfinite > 0):
-            # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
-            # All processes take part in the second forward pass, also one that has nothing left to learn from.
-            staying = finite if finite.any() else ~finite
-            inputs = {name: value[staying.to(value.device)] for name, value in inputs.items()}
-            outputs, losses = self._forward(model, inputs)
-            rows = rows.only(staying)
-        preferences = None
-        if not finite.any():
-            loss = self._zero_loss()
-            losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
-            logger.warning(
-                f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
-                "the model has diverged: lower `learning_rate`."
-            )
-        else:
-            assert rows.coefficients is not None
-            validation_losses = losses.nll[rows.num_training :]  # (V,)
-            if self.args.validation_loss_type == "dpo":
-                preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
-                validation_losses = preferences.losses  # (P,)
-            loss = (rows.coefficients * torch.cat([losses.nll[: rows.num_training], validation_losses])).sum()
-
-        if self.args.average_tokens_across_devices:
-            # The coefficients divide by the tokens of all processes, and DDP averages over processes again
-            loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled and finite.any():
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
-
-        self._training_metrics.add(
-            sum_tokens(
-                losses,
-                outputs.entropy,
-                outputs.is_top1,
-                num_training_rows=rows.num_training if finite.any() else 0,
-                input_tokens=self._count_input_tokens(inputs),
-                aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
-                preferences=preferences,
-            ),
-            RowCounts(num_training, rows.num_filtered, num_nonfinite),
-        )
-        return loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """After the backward pass of the last micro-batch, the selector's level: one update of the batch's weights."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            row_means = self._gather_rows(torch.cat(self._step_row_means))
-            if self.args.selection_method == "bds":
-                self.data_selector.update(self._step_sample_indices, row_means)
-            else:
-                log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
-                self.data_selector.assign(self._step_sample_indices, log_weights)
-        return loss
-
-    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
-        if self.aux_loss_enabled:
-            outputs = model(**inputs, use_cache=False, output_router_logits=True, fused_lm_head=True)
-        else:
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        return outputs, row_losses(outputs.log_probs, outputs.label_mask)
-
-    def _zero_loss(self) -> torch.Tensor:
-        """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""
-        empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.cat([values.float() for values in empty]).sum()
-
-    @staticmethod
-    def _count_input_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if "attention_mask" in inputs:
-            return inputs["attention_mask"].sum()
-        return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
-
-    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes' rows, in the same order on each, on the CPU."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
-    def _any_process(self, condition: bool | torch.Tensor) -> bool:
-        """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""
-        flag = torch.as_tensor(condition, dtype=torch.int64).reshape(1)
-        return bool(self._gather_rows(flag).any())
-
     # ---- Logs ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -501,13 +333,25 @@ class BilevelSFTTrainer(SFTTrainer):
             directory = output_dir or self.args.output_dir
             os.makedirs(directory, exist_ok=True)
             self.data_selector.save(directory, self._rows_fingerprint)
+            if self.value_function is not None:
+                self.value_function.save(directory)
         super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if self.value_function is not None:
+            self.value_function.load(self.state.best_model_checkpoint)
         self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.value_function is not None and self.args.should_save:
+            self.value_function.save_optimizer(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
+            if self.value_function is not None:
+                self.value_function.load(checkpoint)
+                self.value_function.load_optimizer(checkpoint)

@@ -19,6 +19,7 @@ _LARGEST_EXPONENT = 200.0
 _SMALLEST_TOTAL_RATIO = 1e-6
 
 SelectorOptimizer = Literal["mirror_descent", "adam"]
+ValueFunctionRows = Literal["rejected", "all", "selected"]
 DEFAULT_LEARNING_RATE: dict[SelectorOptimizer, float] = {"mirror_descent": 1.0, "adam": 5e-3}
 
 
@@ -129,6 +130,29 @@ class DataSelector:
     def weights_of(self, row_indices: torch.Tensor) -> torch.Tensor:
         """Weights of some rows, in O(B): `row_indices` is int64 of shape (B,), the result fp32 of shape (B,)."""
         return self._normalize(self._mass(self._unit_logits[self._units_of(row_indices)]))
+
+    def value_function_weights_of(self, row_indices: torch.Tensor, rows: ValueFunctionRows) -> torch.Tensor:
+        """
+        How much some rows count for the value function, theta-hat.
+
+        `"selected"` are the weights themselves: the lower level's solution to the letter of the penalty form, to which
+        theta itself comes close, so that the excess loss vanishes. `"all"` are equal weights. `"rejected"` are the
+        weights' counterpart, 1 / (1 + w) or for the sigmoid 1 - sigma, times 2 so that they start at 1: theta-hat
+        learns what the selector turned down, and the excess loss is a likelihood ratio of the two.
+
+        Args:
+            row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
+            rows (`"rejected"`, `"all"` or `"selected"`): which rows theta-hat learns.
+
+        Returns:
+            `torch.Tensor`: fp32, shape (B,), all 1 before the first update.
+        """
+        if rows == "selected":
+            return self.weights_of(row_indices)
+        if rows == "all":
+            return torch.ones(row_indices.shape)
+        logits = self._unit_logits[self._units_of(row_indices)]
+        return 2 * torch.sigmoid(-(self.weights_of(row_indices).log() if self.activation == "softmax" else logits))
 
     @property
     def scored(self) -> torch.Tensor:

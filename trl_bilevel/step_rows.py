@@ -1,5 +1,6 @@
 """How the rows of an optimizer step count in the objective, worked out before its first forward pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,8 @@ class StepRows:
     """Training rows that take no part in the model's step."""
     coefficients: torch.Tensor | None = None
     """What each loss counts, fp32, on the device: (T + V,) for rows, (T + P,) for pairs."""
+    value_coefficients: torch.Tensor | None = None
+    """What each training row's loss counts for the value function, fp32, on the device: (T,)."""
 
     def with_whole_pairs(self, finite: torch.Tensor) -> torch.Tensor:
         """Rows to learn from, bool of shape (R,): those that are `finite`, and of a pair both completions or none."""
@@ -72,28 +75,33 @@ class StepRows:
         return WeightedRows(weights, kept, training_tokens, validation_tokens)
 
 
-def total_size(micro_batches: list[WeightedRows], normalization: LossNormalization) -> torch.Tensor:
-    """Divisors of the two losses over some micro-batches, int64 of shape (2,): an [`ObjectiveSize`] to reduce."""
-    return torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
-
-
-def set_coefficients(
+def row_coefficients_of_step(
     step_rows: list[StepRows],
-    micro_batches: list[WeightedRows],
-    size: torch.Tensor,
+    labels: list[torch.Tensor],
+    weights: torch.Tensor,
+    threshold: float,
     validation_weight: float,
     normalization: LossNormalization,
-) -> None:
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> list[torch.Tensor]:
     """
-    Fill in `coefficients` and `num_filtered` of a step's micro-batches.
+    How much each row counts in the objective, see [`~trl_bilevel.losses.row_coefficients`], per micro-batch.
 
     Args:
-        step_rows (`list[StepRows]`): to fill in, one per micro-batch.
-        micro_batches (`list[WeightedRows]`): their rows with weights.
-        size (`torch.Tensor`): [`total_size`] over the step, and all processes if losses are averaged across them.
+        step_rows (`list[StepRows]`): the step's micro-batches on this process.
+        labels (`list[torch.Tensor]`): theirs, shape (R, L) each, -100 where ignored.
+        weights (`torch.Tensor`): of their training rows, one micro-batch after the other.
+        threshold (`float`): rows of a lower weight are left out.
         validation_weight (`float`): lambda.
-        normalization (`"token"` or `"row"`): what `size` counts.
+        normalization (`"token"` or `"row"`): what losses are divided by, over the whole step.
+        reduce (`Callable`, *optional*): adds up the divisors over processes.
     """
-    for rows, weighted in zip(step_rows, micro_batches, strict=True):
-        rows.num_filtered = int((~weighted.kept).sum())
-        rows.coefficients = row_coefficients(weighted, ObjectiveSize(*size), validation_weight, normalization)
+    micro_weights = weights.split([rows.num_training for rows in step_rows])
+    micro_batches = [
+        rows.weighted(row_weights, threshold, row_labels)
+        for rows, row_weights, row_labels in zip(step_rows, micro_weights, labels, strict=True)
+    ]
+    size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
+    if reduce is not None:
+        size = reduce(size)
+    return [row_coefficients(rows, ObjectiveSize(*size), validation_weight, normalization) for rows in micro_batches]

@@ -1,0 +1,275 @@
+"""The value function: other values of the same adapter, and never to be seen outside the selector's step."""
+
+import os
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import prompt_completion_rows
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+from trl_bilevel import DataSelector
+from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, optimizer_maker
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def make_lora_trainer(make_trainer):
+    return lambda **options: make_trainer(
+        **{"peft_config": LoraConfig(**LORA), "value_function": "adapter", "learning_rate": 3e-2, **options}
+    )
+
+
+def _adapter(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _value_function(trainer):
+    return {name: value.detach().clone() for name, value in trainer.value_function._own.items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.1}]
+)
+def test_on_all_rows_it_is_the_adapter_that_sft_trains(
+    make_lora_trainer, build_model, tokenizer, train_dataset, options
+):
+    """theta-hat = argmin of the training loss: SFTTrainer on the same rows, in the same order, step for step."""
+    trainer = make_lora_trainer(value_function_rows="all", **options)
+    trainer.train()
+    sft_options = {option.name: getattr(trainer.args, option.name) for option in fields(SFTConfig) if option.init}
+    reference = SFTTrainer(
+        build_model(), SFTConfig(**sft_options), train_dataset=train_dataset, processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    reference.train()
+    torch.testing.assert_close(_value_function(trainer), _adapter(reference.model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(
+        next(iter(_adapter(trainer.model).values())), next(iter(_adapter(reference.model).values()))
+    )
+
+
+def test_selector_follows_the_excess_loss(make_lora_trainer, monkeypatch):
+    """The first update: no excess yet. The second: losses of the two sets of values after one step each."""
+    trainer = make_lora_trainer(max_steps=2, per_device_train_batch_size=24, per_device_validation_batch_size=10)
+    updates = []
+    update = trainer.data_selector.update
+
+    def record(rows, losses):
+        updates.append((rows.clone(), losses.clone()))
+        if len(updates) == 2:  # before the model's second step
+            collator = trainer.data_collator
+            order = {int(index): row for row, index in enumerate(trainer.train_dataset["bilevel_sample_index"])}
+            batch = collator([trainer.train_dataset[order[int(row)]] for row in rows])
+            with torch.no_grad():
+                own = trainer._forward(trainer.model, batch)[1].mean
+                kept = _adapter(trainer.model)
+                for name, value in trainer.model.named_parameters():
+                    if value.requires_grad:
+                        value.copy_(before_second_step[name])
+                others = trainer._forward(trainer.model, batch)[1].mean
+                for name, value in trainer.model.named_parameters():
+                    if value.requires_grad:
+                        value.copy_(kept[name])
+            updates.append(own - others)
+        update(rows, losses)
+
+    fit = trainer._fit_value_function
+    before_second_step = {}
+
+    def remember(value_function, inputs):
+        before_second_step.update(_value_function(trainer))
+        fit(value_function, inputs)
+
+    monkeypatch.setattr(trainer.data_selector, "update", record)
+    monkeypatch.setattr(trainer, "_fit_value_function", remember)
+    trainer.train()
+    torch.testing.assert_close(updates[0][1], torch.zeros(24), atol=1e-6, rtol=0)
+    assert updates[1][1].abs().max() > 1e-4
+    torch.testing.assert_close(updates[1][1], updates[2], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_rows_it_learns():
+    rows = torch.arange(3)
+    for activation in ("softmax", "sigmoid"):
+        selector = DataSelector(3, activation, learning_rate=1.0)
+        for kind in ("rejected", "all", "selected"):
+            assert selector.value_function_weights_of(rows, kind).tolist() == pytest.approx([1, 1, 1])
+        selector.update(rows, torch.tensor([0.0, 1.0, 5.0]))
+        assert torch.equal(selector.value_function_weights_of(rows, "selected"), selector.weights())
+        assert selector.value_function_weights_of(rows, "all").tolist() == [1, 1, 1]
+        accepted = (
+            selector.weights() / (1 + selector.weights()) if activation == "softmax" else selector.logits.sigmoid()
+        )
+        torch.testing.assert_close(selector.value_function_weights_of(rows, "rejected"), 2 * (1 - accepted))
+
+
+def test_what_the_user_gets_holds_no_trace_of_it(make_lora_trainer, build_model, tmp_path, validation_dataset):
+    """Saved adapter, evaluation and generation are those of the model's own values."""
+    trainer = make_lora_trainer(eval_dataset=validation_dataset, save_strategy="steps", save_steps=3)
+    trainer.train()
+    own, other = _adapter(trainer.model), _value_function(trainer)
+    assert any(not torch.allclose(own[name], other[name]) for name in own)
+    assert list(trainer.model.peft_config) == ["default"]
+    trainer.save_model(str(tmp_path / "adapter"))
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert not any((tmp_path / "adapter" / name).is_dir() for name in files)
+    # What Trainer.push_to_hub uploads of the folder: everything but `_*`
+    assert [name for name in files if "value_function" in name] == [VALUE_FUNCTION_FILE_NAME]
+    assert VALUE_FUNCTION_FILE_NAME.startswith("_")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == len(own)
+    for name, value in saved.items():
+        torch.testing.assert_close(value, own[name.replace(".weight", ".default.weight")])
+
+    loaded = PeftModel.from_pretrained(build_model(), tmp_path / "adapter")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    trainer.model.eval()
+    generated = [model.generate(**inputs, max_new_tokens=8, do_sample=False) for model in (trainer.model, loaded)]
+    assert torch.equal(*generated)
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model(**inputs).logits, loaded(**inputs).logits)
+    reference = SFTTrainer(
+        loaded, SFTConfig(str(tmp_path / "eval"), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
+                          gradient_checkpointing=None),
+        train_dataset=validation_dataset, eval_dataset=validation_dataset, processing_class=trainer.processing_class,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_values_come_back_after_an_error(make_lora_trainer):
+    trainer = make_lora_trainer(max_steps=2)
+    trainer.train()
+    own, gradients = _adapter(trainer.model), [value.grad for value in trainer.model.parameters()]
+
+    def fail_inside():
+        with trainer.value_function.active():
+            assert any(not torch.equal(value, own[name]) for name, value in _adapter(trainer.model).items())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail_inside()
+    assert all(torch.equal(value, own[name]) for name, value in _adapter(trainer.model).items())
+    assert [value.grad for value in trainer.model.parameters()] == gradients
+
+
+@pytest.mark.parametrize("selector_activation", ["softmax", "sigmoid"])
+def test_resumed_run_equals_an_unbroken_one(make_lora_trainer, tmp_path, selector_activation):
+    options = {"max_steps": 9, "selector_activation": selector_activation}
+    unbroken = make_lora_trainer(**options)
+    unbroken.train()
+    stopped = make_lora_trainer(**options, save_strategy="steps", save_steps=4, output_dir=str(tmp_path / "stopped"))
+    stopped.train()
+    resumed = make_lora_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-4"))
+    torch.testing.assert_close(_value_function(resumed), _value_function(unbroken), rtol=0, atol=0)
+    torch.testing.assert_close(_adapter(resumed.model), _adapter(unbroken.model), rtol=0, atol=0)
+    assert torch.equal(resumed.data_selector.weights(), unbroken.data_selector.weights())
+
+
+def test_accumulation_equals_one_large_batch(make_lora_trainer):
+    results = []
+    for batch_size, steps in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_lora_trainer(
+            train_dataset=prompt_completion_rows(27), per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps, max_steps=-1, num_train_epochs=2, optim="sgd", learning_rate=0.3,
+            filter_ratio=0.25, validation_weight=0.6,
+        )  # fmt: skip
+        trainer.train()
+        results.append({"weights": trainer.data_selector.weights(), **_value_function(trainer)})
+    assert results[0]["weights"].std() > 1e-3
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [True, False])
+def test_activation_checkpointing_recomputes_with_the_right_values(make_lora_trainer, activation_checkpointing):
+    trainer = make_lora_trainer(activation_checkpointing=activation_checkpointing)
+    trainer.train()
+    reference = make_lora_trainer()
+    reference.train()
+    torch.testing.assert_close(_value_function(trainer), _value_function(reference), rtol=1e-4, atol=1e-6)
+
+
+def test_row_without_a_finite_loss_is_left_out(make_lora_trainer, monkeypatch):
+    trainer = make_lora_trainer(max_steps=3)
+    forward, calls = trainer._forward, []
+
+    def broken_forward(model, inputs):
+        outputs, losses = forward(model, inputs)
+        calls.append(len(losses.nll))
+        if len(calls) == 2:  # the value function's first
+            losses = losses._replace(nll=losses.nll * torch.tensor([1.0, torch.nan, 1.0, 1.0]))
+        return outputs, losses
+
+    monkeypatch.setattr(trainer, "_forward", broken_forward)
+    trainer.train()
+    assert calls[:3] == [8, 4, 3]
+    assert trainer.data_selector.scored.sum() == 11
+    assert all(value.isfinite().all() for value in _value_function(trainer).values())
+
+
+def test_works_on_a_quantized_base_without_a_copy_of_it(make_lora_trainer, build_model, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    trainer = make_lora_trainer(
+        model=str(tmp_path / "base"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        peft_config=LoraConfig(**LORA),
+    )
+    before = {name: value.data_ptr() for name, value in trainer.model.named_parameters() if not value.requires_grad}
+    trainer.train()
+    after = {name: value.data_ptr() for name, value in trainer.model.named_parameters() if not value.requires_grad}
+    assert before == after
+    trained = sum(value.numel() for value in _adapter(trainer.model).values())
+    assert sum(value.numel() for value in _value_function(trainer).values()) == trained
+    assert trainer.data_selector.weights().std() > 0
+
+
+def test_starts_from_the_users_own_adapter(make_lora_trainer, build_model, tmp_path):
+    first = make_lora_trainer(max_steps=2)
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(build_model(), tmp_path / "adapter", is_trainable=True)
+    second = make_lora_trainer(model=model, peft_config=None)
+    torch.testing.assert_close(_value_function(second), _adapter(first.model), rtol=0, atol=0)
+    second.train()
+
+
+def test_checkpoint_without_it_is_refused(make_lora_trainer, tmp_path):
+    plain = make_lora_trainer(value_function="none", max_steps=2, save_strategy="steps", save_steps=1)
+    plain.train()
+    checkpoint = os.path.join(plain.args.output_dir, "checkpoint-1")
+    with pytest.raises(FileNotFoundError, match="the value function cannot be restored"):
+        make_lora_trainer().train(resume_from_checkpoint=checkpoint)
+
+
+def test_needs_an_adapter(make_lora_trainer):
+    with pytest.raises(ValueError, match="Pass `peft_config=LoraConfig"):
+        make_lora_trainer(peft_config=None)
+
+
+def test_optimizer_tied_to_the_model_is_refused():
+    with pytest.raises(ValueError, match="`optim='lomo'` works on the layers of one model"):
+        optimizer_maker(torch.optim.SGD, {"lr": 0.1, "model": torch.nn.Linear(1, 1)}, 0.0, "lomo")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"value_function": "model"}, "must be 'none' or 'adapter', got 'model'"),
+        (
+            {"value_function": "adapter", "value_function_rows": "good"},
+            "'rejected' or 'all' or 'selected', got 'good'",
+        ),
+        ({"value_function_rows": "all"}, "`value_function_rows='all'` has no effect with `value_function='none'`"),
+        ({"value_function": "adapter", "selection_method": "bmo"}, "has no effect with `selection_method='bmo'`"),
+    ],
+)
+def test_bad_options(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)

@@ -1,0 +1,277 @@
+"""The bilevel step: what happens to the rows of one optimizer step, inside TRL's training loop."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from trl import SFTTrainer
+
+from .bilevel_sft_config import BilevelSFTConfig
+from .data_selector import DataSelector
+from .losses import (
+    RowLosses,
+    closed_form_log_weights,
+    filter_threshold,
+    preference_losses,
+    row_losses,
+    validation_weight_at,
+)
+from .paired_batches import SAMPLE_INDICES
+from .preference_pairs import REFERENCE_NLL
+from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
+from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
+from .value_function import ValueFunction
+
+
+logger = get_logger(__name__)
+
+
+class BilevelStep(SFTTrainer):
+    """
+    The two levels of one optimizer step, for [`BilevelSFTTrainer`], which prepares what they work on.
+
+    In the order of events: [`get_batch_samples`] looks up how much each row counts; [`compute_loss`] is the model's
+    level, one forward pass over training and validation rows; [`training_step`] goes on after the backward pass, with
+    the value function where there is one, and ends with the selector's level.
+    """
+
+    # `compute_loss` divides by the tokens of the whole optimizer step
+    loss_is_scaled_for_ga = True
+
+    args: BilevelSFTConfig
+    data_selector: DataSelector
+    value_function: ValueFunction | None
+    _training_metrics: TrainingMetrics
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
+        self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
+        self._step_value_means: list[torch.Tensor] = []  # the same under the value function
+        self._step_validation_weight = self.args.validation_weight
+
+    @property
+    def validation_weight(self) -> float:
+        """lambda, the weight of the validation loss, in the current epoch."""
+        return validation_weight_at(
+            self.state.epoch or 0, self.args.validation_weight, self.args.validation_weight_decay
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Once per optimizer step: how much each row of its micro-batches counts in the objective."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._start_step(batches)
+            if self.args.selection_method == "bds":
+                self._weigh_rows(batches, self.data_selector.weights_of(self._step_sample_indices))
+                if self.value_function is not None:
+                    self._weigh_value_function_rows(batches)
+            elif len(batches) > 1:
+                # The weights of BMO compare the losses of all micro-batches, which are not known before the first
+                # backward pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
+                row_means = torch.cat([self._row_means_without_gradient(batch) for batch in batches])
+                self._weigh_rows(batches, self._closed_form_weights(row_means))
+        return batches, num_items_in_batch
+
+    def _start_step(self, batches: list[dict[str, Any]]) -> None:
+        indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
+        self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
+        self._step_row_means, self._step_value_means = [], []
+        self._step_validation_weight = self.validation_weight
+        for batch, sample_indices in zip(batches, indices, strict=True):
+            reference_nll = torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device)
+            batch[STEP_ROWS] = StepRows(len(sample_indices), reference_nll)
+
+    def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
+        """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
+        threshold = filter_threshold(step_weights, self.args.filter_ratio)
+        coefficients = self._row_coefficients(batches, step_weights, threshold, self._step_validation_weight)
+        own_weights = self._own_rows(step_weights).split([batch[STEP_ROWS].num_training for batch in batches])
+        for batch, weights, batch_coefficients in zip(batches, own_weights, coefficients, strict=True):
+            batch[STEP_ROWS].num_filtered = int((weights < threshold).sum())
+            batch[STEP_ROWS].coefficients = batch_coefficients
+
+    def _weigh_value_function_rows(self, batches: list[dict[str, Any]]) -> None:
+        """The same for the value function: training rows only, in its own weights, none filtered."""
+        weights = self.data_selector.value_function_weights_of(
+            self._step_sample_indices, self.args.value_function_rows
+        )
+        coefficients = self._row_coefficients(batches, weights, threshold=0.0, validation_weight=0.0)
+        for batch, batch_coefficients in zip(batches, coefficients, strict=True):
+            batch[STEP_ROWS].value_coefficients = batch_coefficients[: batch[STEP_ROWS].num_training]
+
+    def _row_coefficients(
+        self, batches: list[dict[str, Any]], step_weights: torch.Tensor, threshold: float, validation_weight: float
+    ) -> list[torch.Tensor]:
+        return row_coefficients_of_step(
+            [batch[STEP_ROWS] for batch in batches],
+            [batch["labels"].to(self.args.device) for batch in batches],
+            self._own_rows(step_weights).to(self.args.device),
+            threshold,
+            validation_weight,
+            self.args.loss_normalization,
+            reduce=self.accelerator.reduce if self.args.average_tokens_across_devices else None,
+        )
+
+    def _own_rows(self, step_values: torch.Tensor) -> torch.Tensor:
+        """This process' part of values of all processes' rows."""
+        return step_values.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+
+    def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
+        return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
+
+    @torch.no_grad()
+    def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.model.train()
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
+        with self.compute_loss_context_manager():
+            _, losses = self._forward(self.model_wrapped, inputs)
+        return losses.mean[: batch[STEP_ROWS].num_training].float().cpu()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
+        if STEP_ROWS not in inputs:  # evaluation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        rows: StepRows = inputs.pop(STEP_ROWS)
+        num_training = rows.num_training
+
+        outputs, losses = self._forward(model, inputs)
+        # The one transfer from the device: it serves the check below and the selector's level
+        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = T + V or T + 2P
+        self._step_row_means.append((nll / num_tokens)[: rows.num_training])
+        if rows.coefficients is None:
+            weights = self._closed_form_weights(self._step_row_means[-1])
+            self._weigh_rows([{"labels": inputs["labels"], STEP_ROWS: rows}], weights)
+        finite = rows.with_whole_pairs(nll.isfinite())
+        num_nonfinite = int((~finite).sum())
+        if self._any_process(num_nonfinite > 0):
+            # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
+            # All processes take part in the second forward pass, also one that has nothing left to learn from.
+            staying = finite if finite.any() else ~finite
+            inputs = {name: value[staying.to(value.device)] for name, value in inputs.items()}
+            outputs, losses = self._forward(model, inputs)
+            rows = rows.only(staying)
+        preferences = None
+        if not finite.any():
+            loss = self._zero_loss()
+            losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
+            logger.warning(
+                f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
+                "the model has diverged: lower `learning_rate`."
+            )
+        else:
+            assert rows.coefficients is not None
+            validation_losses = losses.nll[rows.num_training :]  # (V,)
+            if self.args.validation_loss_type == "dpo":
+                preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
+                validation_losses = preferences.losses  # (P,)
+            loss = (rows.coefficients * torch.cat([losses.nll[: rows.num_training], validation_losses])).sum()
+
+        if self.args.average_tokens_across_devices:
+            # The coefficients divide by the tokens of all processes, and DDP averages over processes again
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled and finite.any():
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+
+        self._training_metrics.add(
+            sum_tokens(
+                losses,
+                outputs.entropy,
+                outputs.is_top1,
+                num_training_rows=rows.num_training if finite.any() else 0,
+                input_tokens=self._count_input_tokens(inputs),
+                aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
+                preferences=preferences,
+            ),
+            RowCounts(num_training, rows.num_filtered, num_nonfinite),
+        )
+        return loss
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """After the backward pass: the value function's step, then the selector's level."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.value_function is not None:
+            self._fit_value_function(self.value_function, inputs)
+        if self.accelerator.sync_gradients:
+            self._update_selector()
+        return loss
+
+    def _fit_value_function(self, value_function: ValueFunction, inputs: dict[str, Any]) -> None:
+        """theta-hat descends the training rows' loss; the selector compares with its losses before the step."""
+        rows: StepRows = inputs[STEP_ROWS]
+        assert rows.value_coefficients is not None
+        model = self.accelerator.unwrap_model(self.model)
+        training = self._prepare_inputs(
+            {name: value[: rows.num_training] for name, value in inputs.items() if name != STEP_ROWS}
+        )
+        coefficients = rows.value_coefficients  # (T,)
+        with value_function.active():
+            with self.compute_loss_context_manager():
+                _, losses = self._forward(model, training)
+            self._step_value_means.append(losses.mean.detach().float().cpu())
+            finite = losses.nll.detach().isfinite()
+            if not finite.all():
+                # Without the broken rows, as in `compute_loss`
+                training = {name: value[finite] for name, value in training.items()}
+                coefficients = coefficients[finite]
+                if finite.any():
+                    with self.compute_loss_context_manager():
+                        _, losses = self._forward(model, training)
+            if finite.any():
+                (coefficients * losses.nll).sum().backward()
+        if self.accelerator.sync_gradients:
+            value_function.step(self._get_learning_rate(), self._sum_over_processes)
+
+    def _update_selector(self) -> None:
+        row_means = self._gather_rows(torch.cat(self._step_row_means))
+        if self.args.selection_method == "bmo":
+            log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
+            self.data_selector.assign(self._step_sample_indices, log_weights)
+        elif self.value_function is None:
+            self.data_selector.update(self._step_sample_indices, row_means)
+        else:
+            # excess loss: l_i(theta) - l_i(theta-hat)
+            excess = row_means - self._gather_rows(torch.cat(self._step_value_means))
+            self.data_selector.update(self._step_sample_indices, excess)
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
+        if self.aux_loss_enabled:
+            outputs = model(**inputs, use_cache=False, output_router_logits=True, fused_lm_head=True)
+        else:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return outputs, row_losses(outputs.log_probs, outputs.label_mask)
+
+    def _zero_loss(self) -> torch.Tensor:
+        """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""
+        empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
+        return torch.cat([values.float() for values in empty]).sum()
+
+    @staticmethod
+    def _count_input_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "attention_mask" in inputs:
+            return inputs["attention_mask"].sum()
+        return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+
+    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of all processes' rows, in the same order on each, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _sum_over_processes(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(gradient) if self.accelerator.num_processes > 1 else gradient
+
+    def _any_process(self, condition: bool | torch.Tensor) -> bool:
+        """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""
+        flag = torch.as_tensor(condition, dtype=torch.int64).reshape(1)
+        return bool(self._gather_rows(flag).any())

@@ -1,0 +1,143 @@
+"""
+The value function: what the lower level alone would make of each training row.
+
+The penalty form of the bilevel problem compares theta with theta-hat, the solution of the lower level, so that the
+selector follows the excess loss l_i(theta) - l_i(theta-hat) and not the loss itself, which is high for any hard row.
+With a PEFT adapter theta-hat is a second set of values for the adapter's parameters on the same, also quantized, base.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+VALUE_FUNCTION_FILE_NAME = "_value_function.safetensors"
+"""In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`."""
+OPTIMIZER_FILE_NAME = "_value_function_optimizer.pt"
+
+
+class ValueFunction:
+    """
+    theta-hat: other values for the trained parameters of a model, with an optimizer of their own.
+
+    The model itself never holds two adapters: [`active`] swaps the values in for a forward and backward pass, and out
+    again. So whatever saves, merges, evaluates or generates with the model sees the user's adapter only.
+
+    Args:
+        parameters (`dict[str, torch.nn.Parameter]`): the model's trained parameters by name; theta-hat starts with
+            their values.
+        make_optimizer (`Callable`): builds the optimizer of a list of parameters.
+        max_grad_norm (`float`): the gradient is clipped to this norm; 0 for no clipping.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+        max_grad_norm: float,
+    ):
+        self._models = parameters
+        self._own = {name: torch.nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
+        self._optimizer = make_optimizer(list(self._own.values()))
+        self._max_grad_norm = max_grad_norm
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """theta-hat in place of theta, gradients included: a backward pass inside adds to theta-hat's."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._models.items():
+            own = self._own[name]
+            parameter.data, own.data = own.data, parameter.data
+            parameter.grad, own.grad = own.grad, parameter.grad
+
+    def step(self, learning_rate: float, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """
+        One optimizer step with the gradients since the last.
+
+        Args:
+            learning_rate (`float`): the model's own, at this step of its schedule.
+            sum_over_processes (`Callable`): adds up a gradient over all processes.
+        """
+        for parameter in self._own.values():
+            if parameter.grad is None:  # no row of this process had a finite loss
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = sum_over_processes(parameter.grad)
+        if self._max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._own.values(), self._max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write theta-hat to `_value_function.safetensors` in an existing directory, whole or not at all."""
+        path = Path(directory) / VALUE_FUNCTION_FILE_NAME
+        partial = path.with_suffix(".partial")
+        save_file({name: value.detach().contiguous() for name, value in self._own.items()}, partial)
+        os.replace(partial, path)
+
+    def load(self, directory: str | os.PathLike) -> None:
+        """
+        Restore what `save` wrote.
+
+        Raises:
+            `FileNotFoundError`: if the directory holds no value function.
+            `ValueError`: if the file is damaged or belongs to another adapter.
+        """
+        path = Path(directory) / VALUE_FUNCTION_FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so the value function cannot be restored. Resume from a checkpoint that was "
+                "written with `value_function='adapter'`, or train from the start."
+            )
+        try:
+            values = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another one.") from error
+        shapes = {name: value.shape for name, value in values.items()}
+        if shapes != {name: value.shape for name, value in self._own.items()}:
+            raise ValueError(f"{path} was written for another adapter: its parameters are {sorted(shapes)[:2]}, ...")
+        with torch.no_grad():
+            for name, value in values.items():
+                self._own[name].copy_(value)
+
+    def save_optimizer(self, directory: str | os.PathLike) -> None:
+        """Write the state of theta-hat's optimizer to a checkpoint."""
+        torch.save(self._optimizer.state_dict(), Path(directory) / OPTIMIZER_FILE_NAME)
+
+    def load_optimizer(self, directory: str | os.PathLike) -> None:
+        """Restore what `save_optimizer` wrote."""
+        path = Path(directory) / OPTIMIZER_FILE_NAME
+        self._optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay: float, name: str) -> Callable:
+    """
+    What builds the optimizer of theta-hat: the same kind as the model's.
+
+    Args:
+        optimizer_class, options: as `Trainer.get_optimizer_cls_and_kwargs` returns them.
+        weight_decay (`float`): of all parameters.
+        name (`str`): `args.optim`, for the error.
+
+    Raises:
+        `ValueError`: for optimizers that are tied to the model's own parameters.
+    """
+    if {"params", "model", "optimizer_dict"} & options.keys():
+        raise ValueError(
+            f"`optim={name!r}` works on the layers of one model and cannot fit the value function's adapter too. Use "
+            "another optimizer, for instance 'adamw_torch', or `value_function='none'`."
+        )
+    return lambda parameters: optimizer_class(parameters, **options, weight_decay=weight_decay)
