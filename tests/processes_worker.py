@@ -1,16 +1,25 @@
 """Run by `test_processes.py` in each process: one short training, whose result the main process writes."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
+from peft import LoraConfig
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
 
-def main(output_dir: str, selection_method: str, per_device_batch_size: int, num_rows: int) -> None:
+def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: int) -> None:
     tokenizer = build_tokenizer()
+    train_dataset = prompt_completion_rows(num_rows)
+    train_dataset = train_dataset.add_column("source", [str(row % 3) for row in range(num_rows)])
+    validation_dataset = prompt_completion_rows(10, 1000)
+    if options.get("validation_loss_type") == "dpo":
+        rejected = [f" {row} no" for row in range(10)]
+        validation_dataset = validation_dataset.rename_column("completion", "chosen").add_column("rejected", rejected)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = BilevelSFTTrainer(
         model=build_tiny_model("llama", tokenizer),
         args=BilevelSFTConfig(
@@ -19,8 +28,6 @@ def main(output_dir: str, selection_method: str, per_device_batch_size: int, num
             num_train_epochs=2,
             learning_rate=0.3,
             optim="sgd",
-            filter_ratio=0.25,
-            selection_method=selection_method,
             logging_steps=1,
             bf16=False,
             use_cpu=True,
@@ -30,10 +37,12 @@ def main(output_dir: str, selection_method: str, per_device_batch_size: int, num
             save_strategy="no",
             disable_tqdm=True,
             seed=7,
+            **{"filter_ratio": 0.25, **options},
         ),
-        train_dataset=prompt_completion_rows(num_rows),
-        validation_dataset=prompt_completion_rows(10, 1000),
+        train_dataset=train_dataset,
+        validation_dataset=validation_dataset,
         processing_class=tokenizer,
+        peft_config=lora if "value_function" in options else None,
     )
     trainer.train()
     result = {
@@ -45,4 +54,4 @@ def main(output_dir: str, selection_method: str, per_device_batch_size: int, num
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

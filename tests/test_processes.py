@@ -1,5 +1,6 @@
 """Two processes see the same global batches as one, and learn the same."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,20 +14,34 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = Path(__file__).with_name("processes_worker.py")
 
 
-def _train(folder: Path, method: str, num_processes: int, per_device_batch_size: int) -> list[dict]:
+def _train(folder: Path, options: dict, num_processes: int, per_device_batch_size: int) -> list[dict]:
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [*launcher, str(WORKER), str(folder), method, str(per_device_batch_size), "24"]
+    command = [*launcher, str(WORKER), str(folder), json.dumps(options), str(per_device_batch_size), "24"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
-@pytest.mark.parametrize("method", ["bds", "bmo"])
-def test_two_processes_equal_one(tmp_path, method):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection_method": "bds", "source_column": "source"},
+        {"selection_method": "bmo"},
+        {"value_function": "adapter", "validation_loss_type": "dpo"},
+        # Each process divides by its own rows, so all must keep as many
+        {
+            "value_function": "adapter",
+            "average_tokens_across_devices": False,
+            "loss_normalization": "row",
+            "filter_ratio": 0.0,
+        },
+    ],
+)
+def test_two_processes_equal_one(tmp_path, options):
     """Invariant 2: 1 x 8 rows = 2 processes x 4."""
-    (one,) = _train(tmp_path / "one", method, 1, 8)
-    first, second = _train(tmp_path / "two", method, 2, 4)
+    (one,) = _train(tmp_path / "one", options, 1, 8)
+    first, second = _train(tmp_path / "two", options, 2, 4)
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)

@@ -230,7 +230,7 @@ class BilevelStep(SFTTrainer):
             if finite.any():
                 (coefficients * losses.nll).sum().backward()
         if self.accelerator.sync_gradients:
-            value_function.step(self._get_learning_rate(), self._sum_over_processes)
+            value_function.step(self._get_learning_rate(), self._reduce_gradient)
 
     def _update_selector(self) -> None:
         row_means = self._gather_rows(torch.cat(self._step_row_means))
@@ -268,8 +268,10 @@ class BilevelStep(SFTTrainer):
             return values
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
-    def _sum_over_processes(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(gradient) if self.accelerator.num_processes > 1 else gradient
+    def _reduce_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        # The coefficients divide by the tokens of all processes, or of this one
+        reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+        return self.accelerator.reduce(gradient, reduction)
 
     def _any_process(self, condition: bool | torch.Tensor) -> bool:
         """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""

@@ -62,18 +62,18 @@ class ValueFunction:
             parameter.data, own.data = own.data, parameter.data
             parameter.grad, own.grad = own.grad, parameter.grad
 
-    def step(self, learning_rate: float, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def step(self, learning_rate: float, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """
         One optimizer step with the gradients since the last.
 
         Args:
             learning_rate (`float`): the model's own, at this step of its schedule.
-            sum_over_processes (`Callable`): adds up a gradient over all processes.
+            reduce (`Callable`): joins a gradient over all processes.
         """
         for parameter in self._own.values():
             if parameter.grad is None:  # no row of this process had a finite loss
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = sum_over_processes(parameter.grad)
+            parameter.grad = reduce(parameter.grad)
         if self._max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._own.values(), self._max_grad_norm)
         for group in self._optimizer.param_groups:
