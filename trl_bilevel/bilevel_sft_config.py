@@ -70,6 +70,9 @@ class BilevelSFTConfig(SFTConfig):
         filter_ratio (`float`, *optional*, defaults to `0.0`):
             Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
             weights keep being learned. Rows that tie with a kept row are kept.
+        amortized_selector (`bool`, *optional*, defaults to `False`):
+            Also train a small head that reads a row's weight off the hidden states of the training forward, so that
+            [`BilevelSFTTrainer.score`] can rank rows that were never trained on by it.
         loss_normalization (`str`, *optional*, defaults to `"token"`):
             `"token"` divides each level's loss by its completion tokens, as [`~trl.SFTTrainer`] does; `"row"` averages
             the rows' mean losses, as the published codes do.
@@ -149,6 +152,12 @@ class BilevelSFTConfig(SFTConfig):
         metadata={
             "help": "Share of the rows of each batch, those of the lowest weight, that take no part in the model's "
             "step, in [0, 1)."
+        },
+    )
+    amortized_selector: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train a small head on the hidden states that scores rows which were never trained on."
         },
     )
     loss_normalization: LossNormalization = field(

@@ -7,11 +7,12 @@ from typing import Any
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from .amortized_selector import AmortizedSelector
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
 from .curation import curate_dataset
@@ -36,6 +37,8 @@ from .paired_batches import (
     read_sample_indices,
 )
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
+from .run_settings import write_run_settings
+from .scoring import RowScorer, score_dataset
 from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction, optimizer_maker
 
@@ -167,6 +170,11 @@ class BilevelSFTTrainer(BilevelStep):
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
         self.value_function = self._build_value_function() if args.value_function == "adapter" else None
+        self.amortized_selector = (
+            AmortizedSelector(self.model.config.get_text_config().hidden_size, args.seed)
+            if args.amortized_selector
+            else None
+        )
         self._training_metrics = TrainingMetrics()
 
     def _refuse_unsupported_setup(self) -> None:
@@ -315,6 +323,43 @@ class BilevelSFTTrainer(BilevelStep):
             keep_ratio=keep_ratio,
         )
 
+    def score(
+        self,
+        dataset: Dataset | IterableDataset,
+        output_dir: str | os.PathLike | None = None,
+        batch_size: int | None = None,
+        chunk_size: int = 10_000,
+    ) -> Dataset:
+        """
+        Score rows that were never trained on, so that a run on a sample curates a corpus far larger.
+
+        One forward pass a row, batched by length; with a value function a second one.
+
+        Args:
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows in the format of `train_dataset`.
+            output_dir (`str` or `os.PathLike`, *optional*): where the rows are written as Parquet, a file for every
+                chunk as soon as it is scored. A call that was interrupted goes on where it stopped. Needed for a
+                stream.
+            batch_size (`int`, *optional*): rows per forward pass, by default `per_device_eval_batch_size`.
+            chunk_size (`int`): rows per chunk.
+
+        Returns:
+            `datasets.Dataset`: the columns of `dataset` and `score`, higher is better: the loss under the value
+            function minus the loss, in nats per completion token, or without a value function the negative loss. Also
+            `loss`, `value_loss` where there is a value function, and `selector_score` with `amortized_selector=True`.
+            NaN for rows without completion tokens after truncation.
+
+        Raises:
+            `ValueError`: for a stream without `output_dir`, an empty dataset, columns that scoring adds itself, or an
+                `output_dir` with scores of another model.
+        """
+        if self.args.world_size > 1:
+            raise ValueError("Scoring runs on one process. Save the model and use `trl-bilevel score`.")
+        scorer = RowScorer(
+            self, self.value_function, self.amortized_selector, batch_size or self.args.per_device_eval_batch_size
+        )
+        return score_dataset(scorer, dataset, output_dir, chunk_size)
+
     def source_weights(self) -> dict[str | int, float]:
         """
         The weight of each source, the highest first; weights have mean 1 over rows.
@@ -333,14 +378,17 @@ class BilevelSFTTrainer(BilevelStep):
             directory = output_dir or self.args.output_dir
             os.makedirs(directory, exist_ok=True)
             self.data_selector.save(directory, self._rows_fingerprint)
-            if self.value_function is not None:
-                self.value_function.save(directory)
+            for part in (self.value_function, self.amortized_selector):
+                if part is not None:
+                    part.save(directory)
+            write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.value_function is not None:
-            self.value_function.load(self.state.best_model_checkpoint)
+        for part in (self.value_function, self.amortized_selector):
+            if part is not None:
+                part.load(self.state.best_model_checkpoint)
         self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -352,6 +400,8 @@ class BilevelSFTTrainer(BilevelStep):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
+            if self.amortized_selector is not None:
+                self.amortized_selector.load(checkpoint)
             if self.value_function is not None:
                 self.value_function.load(checkpoint)
                 self.value_function.load_optimizer(checkpoint)

@@ -7,6 +7,7 @@ import torch
 from accelerate.logging import get_logger
 from trl import SFTTrainer
 
+from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .losses import (
@@ -42,6 +43,7 @@ class BilevelStep(SFTTrainer):
     args: BilevelSFTConfig
     data_selector: DataSelector
     value_function: ValueFunction | None
+    amortized_selector: AmortizedSelector | None
     _training_metrics: TrainingMetrics
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -49,6 +51,7 @@ class BilevelStep(SFTTrainer):
         self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
         self._step_value_means: list[torch.Tensor] = []  # the same under the value function
+        self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
         self._step_validation_weight = self.args.validation_weight
 
     @property
@@ -79,7 +82,7 @@ class BilevelStep(SFTTrainer):
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
         indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
         self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
-        self._step_row_means, self._step_value_means = [], []
+        self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
         self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
             reference_nll = torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device)
@@ -145,7 +148,13 @@ class BilevelStep(SFTTrainer):
         rows: StepRows = inputs.pop(STEP_ROWS)
         num_training = rows.num_training
 
-        outputs, losses = self._forward(model, inputs)
+        if self.amortized_selector is None:
+            outputs, losses = self._forward(model, inputs)
+        else:
+            with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
+                outputs, losses = self._forward(model, inputs)
+            pooled = pool_completions(hidden_states.pop(), inputs["labels"])  # (R, H)
+            self._step_pooled.append(pooled[: rows.num_training].cpu())
         # The one transfer from the device: it serves the check below and the selector's level
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = T + V or T + 2P
         self._step_row_means.append((nll / num_tokens)[: rows.num_training])
@@ -237,12 +246,13 @@ class BilevelStep(SFTTrainer):
         if self.args.selection_method == "bmo":
             log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
             self.data_selector.assign(self._step_sample_indices, log_weights)
-        elif self.value_function is None:
-            self.data_selector.update(self._step_sample_indices, row_means)
         else:
-            # excess loss: l_i(theta) - l_i(theta-hat)
-            excess = row_means - self._gather_rows(torch.cat(self._step_value_means))
-            self.data_selector.update(self._step_sample_indices, excess)
+            if self.value_function is not None:
+                # excess loss: l_i(theta) - l_i(theta-hat)
+                row_means = row_means - self._gather_rows(torch.cat(self._step_value_means))
+            self.data_selector.update(self._step_sample_indices, row_means)
+        if self.amortized_selector is not None:
+            self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means)
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
         if self.aux_loss_enabled:

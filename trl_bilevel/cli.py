@@ -52,6 +52,14 @@ def _run_sft(options: list[str]) -> None:
     launch_command(launch_command_parser().parse_args([*launch_options, str(script), *script_options]))
 
 
+def _run_score(options: list[str]) -> None:
+    from .scripts import score
+
+    if options and not options[0].startswith("-"):
+        options = ["--run_dir", *options]
+    score.main(*score.make_parser(prog="trl-bilevel score").parse_args_and_config(options))
+
+
 def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:
     """
     Options without those removed, which occur among them in the same order.
@@ -70,5 +78,6 @@ def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:
 
 _COMMANDS = {
     "demo": (_run_demo, "find planted faults in a dataset: no network, no GPU, a few minutes"),
+    "score": (_run_score, "rank rows that were never trained on with the model of a finished run"),
     "sft": (_run_sft, "fine-tune with a trusted validation dataset; options as `trl sft`"),
 }

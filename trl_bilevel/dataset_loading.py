@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 
 _BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_split(name: str, config: str | None, split: str) -> Dataset:
+def load_split(name: str, config: str | None, split: str, streaming: bool = False) -> Dataset | IterableDataset:
     """
     Load one split.
 
@@ -17,9 +17,10 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
             JSON lines or Parquet file.
         config (`str`, *optional*): configuration of the dataset; not for files and `save_to_disk` folders.
         split (`str`): name of the split. Data files without splits are the split `train`.
+        streaming (`bool`): read rows one after the other, without a copy in the cache.
 
     Returns:
-        `datasets.Dataset`: the split.
+        `datasets.Dataset`, or `datasets.IterableDataset` of a stream: the split.
 
     Raises:
         `ValueError`: for a file of another type, or a split that does not exist.
@@ -28,12 +29,12 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
-        loaded = load_dataset(_BUILDERS[path.suffix], data_files=str(path))
+        loaded = load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = load_from_disk(name)
+        loaded = load_from_disk(name)  # memory-mapped: as good as a stream
     else:
-        loaded = load_dataset(name, name=config)
-    if isinstance(loaded, DatasetDict):
+        loaded = load_dataset(name, name=config, streaming=streaming)
+    if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
         if split not in loaded:
             raise ValueError(f"The dataset {name} has no split {split!r}, only {sorted(loaded)}.")
         loaded = loaded[split]

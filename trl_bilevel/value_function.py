@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -121,6 +121,23 @@ class ValueFunction:
         """Restore what `save_optimizer` wrote."""
         path = Path(directory) / OPTIMIZER_FILE_NAME
         self._optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def load_value_function(directory: str | os.PathLike, model: torch.nn.Module) -> ValueFunction | None:
+    """The value function in a run's folder, for scoring with the adapter that was loaded from there; or `None`."""
+    path = Path(directory) / VALUE_FUNCTION_FILE_NAME
+    if not path.is_file():
+        return None
+    parameters = dict(model.named_parameters())
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    missing = [name for name in names if name not in parameters]
+    if missing:
+        raise ValueError(f"{path} was written for another adapter: the model has no parameter {missing[0]!r}.")
+    # Nothing is trained here: any optimizer will do
+    value_function = ValueFunction({name: parameters[name] for name in names}, torch.optim.SGD, max_grad_norm=0.0)
+    value_function.load(directory)
+    return value_function
 
 
 def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay: float, name: str) -> Callable:

@@ -1,0 +1,245 @@
+"""Scores for unseen rows: against losses computed row by row; in chunks, resumed, streamed, by the command line."""
+
+import json
+from itertools import islice
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import prompt_completion_rows
+from datasets import Dataset, IterableDataset, load_dataset
+from peft import LoraConfig
+
+from trl_bilevel.amortized_selector import AmortizedSelector
+from trl_bilevel.cli import main
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def make_lora_trainer(make_trainer):
+    return lambda **options: make_trainer(**{"peft_config": LoraConfig(**LORA), "learning_rate": 3e-2, **options})
+
+
+def _losses(trainer, rows):
+    """Mean NLL of each completion, one row at a time, from plain logits."""
+    losses = []
+    tokenizer = trainer.processing_class
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        tokens = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        with torch.no_grad():
+            log_probs = trainer.model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        targets = torch.tensor(tokens[1:])[:, None]
+        losses.append(-log_probs.gather(1, targets)[len(prompt) - 1 :].mean().item())
+    return losses
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_score_is_the_excess_loss(make_lora_trainer, tokenizer, padding_side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "padding_side", padding_side)
+    trainer = make_lora_trainer(value_function="adapter")
+    trainer.train()
+    unseen = prompt_completion_rows(11, offset=500)
+    scored = trainer.score(unseen, batch_size=3)
+    assert scored.column_names == ["prompt", "completion", "score", "loss", "value_loss"]
+    assert scored["completion"] == unseen["completion"]
+    assert trainer.model.training
+    trainer.model.eval()
+    losses = _losses(trainer, unseen)
+    with trainer.value_function.active():
+        value_losses = _losses(trainer, unseen)
+    assert scored["loss"] == pytest.approx(losses, rel=1e-4)
+    assert scored["value_loss"] == pytest.approx(value_losses, rel=1e-4)
+    assert scored["score"] == pytest.approx([b - a for a, b in zip(losses, value_losses, strict=True)], abs=1e-4)
+
+
+def test_without_value_function_it_is_the_negative_loss(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    unseen = prompt_completion_rows(5, offset=500)
+    scored = trainer.score(unseen)
+    trainer.model.eval()
+    assert scored["score"] == pytest.approx([-loss for loss in _losses(trainer, unseen)], rel=1e-4)
+
+
+def test_rows_without_completion_tokens_have_no_score(make_trainer):
+    trainer = make_trainer(max_length=30, max_steps=1)
+    rows = [
+        *prompt_completion_rows(2, 500),
+        {"prompt": "x y z " * 40, "completion": " 1"},
+        *prompt_completion_rows(1, 9),
+    ]
+    scored = trainer.score(Dataset.from_list(rows), batch_size=2)["score"]
+    assert [score != score for score in scored] == [False, False, True, False]  # NaN differs from itself
+
+
+def test_interrupted_scoring_goes_on(make_trainer, tmp_path, monkeypatch):
+    """The third chunk fails; the second call scores the last three chunks only, and a changed model is refused."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    unseen = prompt_completion_rows(23, offset=500).add_column("ünïcode", ["é"] * 23)
+    expected = trainer.score(unseen)["score"]
+    batches = []
+    forward = trainer.model.forward
+
+    def count(*args, **kwargs):
+        batches.append(len(kwargs["input_ids"]))
+        if len(batches) == 3 and not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            raise RuntimeError("power cut")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "forward", count)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.score(unseen, tmp_path / "scored", batch_size=5, chunk_size=5)
+    assert len(list((tmp_path / "scored").glob("*.parquet"))) == 2
+    batches.clear()
+    scored = trainer.score(unseen, tmp_path / "scored", batch_size=5, chunk_size=5)
+    assert batches == [5, 5, 3]
+    assert scored["score"] == pytest.approx(expected, rel=1e-4)
+    assert scored["prompt"] == unseen["prompt"]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="another chunk size"):
+        trainer.score(unseen, tmp_path / "scored", chunk_size=6)
+    trainer.train()
+    with pytest.raises(ValueError, match="scores of another model"):
+        trainer.score(unseen, tmp_path / "scored", chunk_size=5)
+
+
+def test_stream_in_and_out(make_trainer, tmp_path):
+    """Rows are pulled chunk by chunk, never all at once, and equal those of the dataset."""
+    trainer = make_trainer(max_steps=1)
+    unseen = prompt_completion_rows(12, offset=500)
+    pulled = []
+
+    def rows():
+        for index, row in enumerate(unseen):
+            pulled.append((index, len(list(tmp_path.glob("scored/*.parquet")))))
+            yield row
+
+    scored = trainer.score(IterableDataset.from_generator(rows), tmp_path / "scored", chunk_size=4)
+    assert scored["score"] == pytest.approx(trainer.score(unseen)["score"], rel=1e-4)
+    assert dict(pulled)[8] >= 1  # by the third chunk, the first was on the disk
+    # a stream that lost its last chunk goes on from there
+    (tmp_path / "scored" / "scored-000002.parquet").unlink()
+    again = trainer.score(IterableDataset.from_generator(rows), tmp_path / "scored", chunk_size=4)
+    assert again["score"] == scored["score"]
+
+
+def test_amortized_selector_learns_what_it_is_told():
+    """Rows whose first feature is high have the higher loss: unseen rows with a low one must score higher."""
+    generator = torch.Generator().manual_seed(0)
+    head = AmortizedSelector(hidden_size=6, seed=0)
+    state = torch.get_rng_state()
+    for _ in range(1000):
+        pooled = torch.randn(16, 6, generator=generator)
+        losses = pooled[:, 0] + 0.1 * torch.randn(16, generator=generator)
+        losses[3] = torch.nan  # left out
+        head.update(pooled, losses)
+    assert torch.equal(state, torch.get_rng_state())
+    unseen = torch.randn(500, 6, generator=generator)
+    assert torch.corrcoef(torch.stack([head.score(unseen), unseen[:, 0]]))[0, 1] < -0.8
+
+
+def test_update_of_the_head_follows_the_gradient_of_the_lower_level():
+    """Finite differences of 1/B * sum_i sigma(s_i) (l_i - mean l) in the last bias, against one plain SGD step."""
+    head = AmortizedSelector(hidden_size=4, seed=1)
+    head._optimizer = torch.optim.SGD(head._head.parameters(), lr=1.0)
+    pooled = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    losses = torch.tensor([1.0, 3.0, 0.5, 2.0, 2.5])
+    scores, bias = head.score(pooled).double(), head._head[3].bias.item()
+
+    def lower_level(shift):
+        return (torch.sigmoid(scores + shift) * (losses - losses.mean()).double()).mean()
+
+    slope = (lower_level(1e-6) - lower_level(-1e-6)) / 2e-6
+    head.update(pooled, losses)
+    assert bias - head._head[3].bias.item() == pytest.approx(slope.item(), abs=1e-6)
+
+
+def test_trained_with_the_model_and_resumed(make_lora_trainer, tmp_path):
+    options = {"amortized_selector": True, "max_steps": 8, "value_function": "adapter"}
+    unbroken = make_lora_trainer(**options)
+    unbroken.train()
+    stopped = make_lora_trainer(**options, save_strategy="steps", save_steps=3, output_dir=str(tmp_path / "stopped"))
+    stopped.train()
+    resumed = make_lora_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+    unseen = prompt_completion_rows(6, offset=500)
+    scores = [trainer.score(unseen)["selector_score"] for trainer in (unbroken, resumed)]
+    assert scores[0] == scores[1]
+    untrained = make_lora_trainer(**options)
+    assert untrained.score(unseen)["selector_score"] != scores[0]
+
+
+def test_head_sees_the_hidden_states_of_the_training_forward(make_trainer, build_model, monkeypatch):
+    """What it is updated with: the last hidden states of the completion tokens, averaged, of a fresh model."""
+    trainer = make_trainer(amortized_selector=True, max_steps=1)
+    seen = []
+    monkeypatch.setattr(trainer.amortized_selector, "update", lambda pooled, losses: seen.append((pooled, losses)))
+    trainer.train()
+    (pooled, losses), model = seen[0], build_model()
+    rows = {row["bilevel_sample_index"]: row for row in trainer.train_dataset}
+    for position, index in enumerate(trainer._step_sample_indices.tolist()):
+        tokens, labels = torch.tensor([rows[index]["input_ids"]]), torch.tensor(rows[index]["labels"])
+        with torch.no_grad():
+            hidden = model.model(tokens).last_hidden_state[0]
+        torch.testing.assert_close(pooled[position], hidden[labels != -100].mean(0), rtol=1e-4, atol=1e-5)
+    assert losses.shape == (4,)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_command_line(make_lora_trainer, build_model, tokenizer, tmp_path, capsys, streaming):
+    build_model().save_pretrained(tmp_path / "base")
+    trainer = make_lora_trainer(
+        model=str(tmp_path / "base"), value_function="adapter", amortized_selector=True, max_length=60
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run"))
+    unseen = prompt_completion_rows(9, offset=500)
+    unseen.to_json(tmp_path / "corpus.jsonl")
+    options = ["--dataset_name", str(tmp_path / "corpus.jsonl"), "--output_dir", str(tmp_path / "scored")]
+    options += ["--chunk_size", "4", "--dataset_streaming", str(streaming)]
+    assert main(["score", str(tmp_path / "run"), *options]) == 0
+    assert "9 scored rows" in capsys.readouterr().out
+    expected = trainer.score(unseen)
+    files = sorted((tmp_path / "scored").glob("*.parquet"))
+    assert [pq.read_table(file).num_rows for file in files] == [4, 4, 1]
+    scored = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    for name in ("score", "loss", "value_loss", "selector_score"):
+        assert scored[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "`--run_dir` is missing"),
+        (["--run_dir", "nowhere"], "`--dataset_name` is missing"),
+    ],
+)
+def test_missing_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        main(["score", *options])
+
+
+def test_folder_that_is_no_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(FileNotFoundError, match="output folder, or a checkpoint, of a run"):
+        main(["score", str(tmp_path), *options])
+
+
+def test_bad_input(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    rows = prompt_completion_rows(3)
+    with pytest.raises(ValueError, match="give `output_dir`"):
+        trainer.score(rows.to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"already has the columns \['loss'\]"):
+        trainer.score(rows.add_column("loss", [1.0] * 3))
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1, got 0"):
+        trainer.score(rows, chunk_size=0)
+    with pytest.raises(ValueError, match="empty, so there is nothing to score"):
+        trainer.score(rows.select([]))
+    assert len(list(islice(trainer.score(rows), 5))) == 3

@@ -1,0 +1,153 @@
+"""
+A data selector that generalizes: a small head that reads a row's weight off the model's hidden states.
+
+One logit per row says nothing about rows that were not trained on. The head learns from the same signal as the logits,
+on hidden states that the training forward computes anyway, and scores any row with one forward pass.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+AMORTIZED_SELECTOR_FILE_NAME = "amortized_selector.safetensors"
+_HIDDEN_UNITS = 128
+
+
+@contextmanager
+def captured_hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect the last hidden states, shape (B, L, H), of every forward pass of `model` inside the block."""
+    backbone = (model.get_base_model() if is_peft_model(model) else model).base_model
+    captured: list[torch.Tensor] = []
+    handle = backbone.register_forward_hook(
+        lambda module, args, outputs: captured.append(outputs.last_hidden_state.detach())
+    )
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def pool_completions(hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Mean hidden state over each row's completion tokens.
+
+    Args:
+        hidden_states (`torch.Tensor`): shape (B, L, H).
+        labels (`torch.Tensor`): shape (B, L), -100 where ignored.
+
+    Returns:
+        `torch.Tensor`: fp32, shape (B, H).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> pool_completions(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[-100, 7, 8]]))
+    tensor([[2.]])
+
+    ```
+    """
+    mask = labels.ne(-100).to(hidden_states.device)[..., None]  # (B, L, 1)
+    return (hidden_states.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+class AmortizedSelector:
+    """
+    A two-layer head from pooled hidden states to a score, on the CPU in fp32, like the selector it amortizes.
+
+    Args:
+        hidden_size (`int`): H, of the model.
+        seed (`int`): of its first values.
+        learning_rate (`float`): Adam's.
+    """
+
+    def __init__(self, hidden_size: int, seed: int, learning_rate: float = 1e-3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._head = torch.nn.Sequential(
+                torch.nn.LayerNorm(hidden_size, elementwise_affine=False),
+                torch.nn.Linear(hidden_size, _HIDDEN_UNITS),
+                torch.nn.GELU(),
+                torch.nn.Linear(_HIDDEN_UNITS, 1),
+            )
+        self._optimizer = torch.optim.Adam(self._head.parameters(), lr=learning_rate)
+
+    @torch.no_grad()
+    def score(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Scores of rows, higher is better, shape (B,), from their pooled hidden states, shape (B, H)."""
+        return self._head(pooled).squeeze(-1)
+
+    def update(self, pooled: torch.Tensor, losses: torch.Tensor) -> None:
+        """
+        One step down the gradient of the lower level in sigmoid weights, through the head:
+
+            1/B * sum_i sigma(s_i) * (l_i - mean l)
+
+        Args:
+            pooled (`torch.Tensor`): of the training rows of a global batch, shape (B, H).
+            losses (`torch.Tensor`): what the selector is updated with, losses or excess losses, shape (B,), in nats.
+                Rows with a NaN or infinite one are left out.
+        """
+        finite = losses.isfinite() & pooled.isfinite().all(dim=1)
+        if not finite.any():
+            return
+        losses = losses[finite]
+        weights = self._head(pooled[finite]).squeeze(-1).sigmoid()  # (B,)
+        self._optimizer.zero_grad()
+        (weights * (losses - losses.mean())).mean().backward()
+        self._optimizer.step()
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the head and its optimizer to `amortized_selector.safetensors`, whole or not at all."""
+        path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
+        partial = path.with_suffix(".partial")
+        tensors = {f"head.{name}": value for name, value in self._head.state_dict().items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+    def load(self, directory: str | os.PathLike) -> None:
+        """
+        Restore what `save` wrote.
+
+        Raises:
+            `FileNotFoundError`: if the directory holds no head.
+            `ValueError`: if the file is damaged or belongs to a model of another size.
+        """
+        path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so the amortized selector cannot be restored. Resume from a checkpoint that "
+                "was written with `amortized_selector=True`, or train from the start."
+            )
+        try:
+            tensors = load_file(path)
+            head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+            self._head.load_state_dict(head)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read, or is of another model ({error}).") from error
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+
+def load_amortized_selector(directory: str | os.PathLike) -> AmortizedSelector | None:
+    """The head in a run's folder, of whatever size, or `None` if the run had none."""
+    path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
+    if not path.is_file():
+        return None
+    selector = AmortizedSelector(hidden_size=load_file(path)["head.1.weight"].shape[1], seed=0)
+    selector.load(directory)
+    return selector

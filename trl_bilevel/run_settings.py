@@ -1,0 +1,50 @@
+"""The settings of a run that its results depend on, in a file beside them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+
+RUN_SETTINGS_FILE_NAME = "bilevel_sft.json"
+# What decides which tokens a row's loss covers. An allow-list: nothing else of the arguments, such as paths or tokens,
+# belongs in a file that may be published.
+_ROW_OPTIONS = (
+    "max_length",
+    "truncation_mode",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "dataset_text_field",
+    "eos_token",
+    "pad_token",
+)
+
+
+def write_run_settings(directory: str | os.PathLike, args: SFTConfig) -> None:
+    """Write `bilevel_sft.json` to an existing directory, whole or not at all."""
+    path = Path(directory) / RUN_SETTINGS_FILE_NAME
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"rows": {name: getattr(args, name) for name in _ROW_OPTIONS}}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read_row_options(directory: str | os.PathLike) -> dict[str, Any]:
+    """
+    Options of [`~trl.SFTConfig`] under which the run prepared its rows.
+
+    Raises:
+        `FileNotFoundError`: if the directory is not that of a run.
+        `ValueError`: if the file is damaged.
+    """
+    path = Path(directory) / RUN_SETTINGS_FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Give the output folder, or a checkpoint, of a run with BilevelSFTTrainer."
+        )
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged and cannot be read ({error}).") from error
+    return {name: rows[name] for name in _ROW_OPTIONS if name in rows}
