@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_bilevel.cli import main
 from trl_bilevel.demo import tiny_model
-from trl_bilevel.demo.comparison import DemoArguments, area_under_roc
+from trl_bilevel.demo.comparison import area_under_roc
 from trl_bilevel.demo.planted_faults import OPERATIONS, build_dataset, build_tokenizer
+from trl_bilevel.demo.problem import DemoArguments
 
 
 def test_planted_faults_are_faults_and_nothing_else_is():
@@ -82,9 +83,7 @@ def demo_output(tmp_path_factory):
     """The command itself, on a small scale, with options from a YAML file and from the command line."""
     folder = tmp_path_factory.mktemp("demo")
     config = folder / "demo.yaml"
-    config.write_text(
-        "num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\ntrusted_only: true\n"
-    )
+    config.write_text("num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\n")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["demo", "--config", str(config), "--output_dir", str(folder / "out"), "--seed", "3"]) == 0
@@ -111,7 +110,7 @@ def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
 
 def test_demo_prints_the_scores_it_computed(demo_output):
     table = (demo_output.parent / "printed.txt").read_text()
-    for method in ("base model", "SFT", "bilevel SFT", "SFT on the trusted rows"):
+    for method in ("base model", "SFT", "bilevel SFT"):
         assert f"│ {method} " in table
     assert "seed 3" in table
 

@@ -241,7 +241,9 @@ def test_starts_from_the_users_own_adapter(make_lora_trainer, build_model, tmp_p
 
 
 def test_checkpoint_without_it_is_refused(make_lora_trainer, tmp_path):
-    plain = make_lora_trainer(value_function="none", max_steps=2, save_strategy="steps", save_steps=1)
+    plain = make_lora_trainer(
+        value_function="none", selector_activation="sigmoid", max_steps=2, save_strategy="steps", save_steps=1
+    )
     plain.train()
     checkpoint = os.path.join(plain.args.output_dir, "checkpoint-1")
     with pytest.raises(FileNotFoundError, match="the value function cannot be restored"):

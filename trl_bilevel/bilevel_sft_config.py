@@ -59,14 +59,15 @@ class BilevelSFTConfig(SFTConfig):
 
         > Parameters that control the data selector
 
-        selector_activation (`str`, *optional*, defaults to `"softmax"`):
-            How a row's logit becomes its weight: `"softmax"` or `"sigmoid"`. Both are scaled to mean 1.
+        selector_activation (`str`, *optional*):
+            How a row's logit becomes its weight: `"softmax"`, rows compete for weight, or `"sigmoid"`, each on its
+            own. Both are scaled to mean 1. If `None`, softmax, and sigmoid with a value function.
         selector_optimizer (`str`, *optional*, defaults to `"mirror_descent"`):
             `"mirror_descent"` moves the rows of the batch only, at a cost independent of the dataset's size. `"adam"`
             is dense Adam on all logits, the reference of the published codes.
         selector_learning_rate (`float`, *optional*):
             Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 1 for mirror
-            descent and 5e-3 for Adam.
+            descent, 3 with a value function, and 5e-3 for Adam.
         filter_ratio (`float`, *optional*, defaults to `0.0`):
             Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
             weights keep being learned. Rows that tie with a kept row are kept.
@@ -133,9 +134,12 @@ class BilevelSFTConfig(SFTConfig):
         default="rejected",
         metadata={"help": "Rows that the value function learns: `'rejected'`, `'all'` or `'selected'`."},
     )
-    selector_activation: SelectorActivation = field(
-        default="softmax",
-        metadata={"help": "How a row's logit becomes its weight; both are scaled to mean 1."},
+    selector_activation: SelectorActivation | None = field(
+        default=None,
+        metadata={
+            "help": "How a row's logit becomes its weight: `'softmax'` or `'sigmoid'`, both scaled to mean 1. If "
+            "`None`, softmax, and sigmoid with a value function."
+        },
     )
     selector_optimizer: SelectorOptimizer = field(
         default="mirror_descent",
@@ -145,7 +149,9 @@ class BilevelSFTConfig(SFTConfig):
     )
     selector_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Step of the selector. If `None`, 1 for mirror descent and 5e-3 for Adam."},
+        metadata={
+            "help": "Step of the selector. If `None`, 1 for mirror descent, 3 with a value function, 5e-3 for Adam."
+        },
     )
     filter_ratio: float = field(
         default=0.0,
@@ -196,7 +202,8 @@ class BilevelSFTConfig(SFTConfig):
             self.activation_checkpointing = True
         super().__post_init__()
         _check_choice("selection_method", self.selection_method, get_args(SelectionMethod))
-        _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))
+        if self.selector_activation is not None:
+            _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))
         _check_choice("selector_optimizer", self.selector_optimizer, get_args(SelectorOptimizer))
         _check_choice("validation_loss_type", self.validation_loss_type, get_args(ValidationLossType))
         _check_choice("value_function", self.value_function, get_args(ValueFunctionType))

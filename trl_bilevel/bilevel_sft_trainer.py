@@ -45,6 +45,7 @@ from .value_function import ValueFunction, optimizer_maker
 
 logger = get_logger(__name__)
 
+_EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and sigmoid weights saturate
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
 _PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
@@ -156,11 +157,17 @@ class BilevelSFTTrainer(BilevelStep):
             training_batch=args.per_device_train_batch_size * batches_per_step,
             validation_batch=self.validation_batch_size * batches_per_step,
         )
+        has_value_function = args.value_function == "adapter"
+        activation = args.selector_activation or ("sigmoid" if has_value_function else "softmax")
+        learning_rate = args.selector_learning_rate
+        if learning_rate is None and has_value_function and args.selector_optimizer == "mirror_descent":
+            learning_rate = _EXCESS_LOSS_LEARNING_RATE
         self.data_selector = DataSelector(
             num_rows=len(train_dataset),
-            activation=args.selector_activation,
+            activation=activation,
             optimizer=args.selector_optimizer,
-            learning_rate=args.selector_learning_rate,
+            learning_rate=learning_rate,
+            centered=not (has_value_function and activation == "sigmoid"),
             sources=None if self._sources is None else self._sources.of_rows,
             sample_ids=self._sample_ids,
         )

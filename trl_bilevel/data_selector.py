@@ -55,6 +55,8 @@ class DataSelector:
             it by the mean of the steps that its rows would take, so that an epoch moves a source as far as a row.
         sample_ids (`pyarrow.ChunkedArray`, *optional*): N unique ids, strings or integers, under which
             `save_pretrained` stores the rows; their positions if not given.
+        centered (`bool`): compare the losses of a batch with their mean. `False` for excess losses in sigmoid
+            weights, whose own zero tells good from bad, see [`~trl_bilevel.selector_updates.mirror_descent_step`].
 
     Raises:
         `ValueError`: for an empty dataset, an unknown activation or optimizer, a negative or non-finite rate, or
@@ -86,6 +88,7 @@ class DataSelector:
         learning_rate: float | None = None,
         sources: torch.Tensor | None = None,
         sample_ids: pa.ChunkedArray | None = None,
+        centered: bool = True,
     ):
         if num_rows < 1:
             raise ValueError(f"A data selector needs at least one row to weigh, got num_rows={num_rows}.")
@@ -101,6 +104,7 @@ class DataSelector:
         self.activation = activation
         self.optimizer = optimizer
         self.learning_rate = learning_rate
+        self.centered = centered
         for name, values in (("sources", sources), ("sample_ids", sample_ids)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} must have one entry per row, got {len(values)} for {num_rows} rows.")
@@ -177,7 +181,7 @@ class DataSelector:
         self._scored[units] = True
         if self._adam is None:
             before = self._unit_logits[units]
-            after = mirror_descent_step(before, self._log_mass(before), losses, self.learning_rate)
+            after = mirror_descent_step(before, self._log_mass(before), losses, self.learning_rate, self.centered)
             self._set_logits(*self._mean_over_source(units, before, after))
         else:
             gradient = selection_gradient(self._mass(self.logits), row_indices, losses.double(), self.activation)

@@ -20,7 +20,7 @@ _MASS_DERIVATIVE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def mirror_descent_step(
-    logits: torch.Tensor, log_mass: torch.Tensor, losses: torch.Tensor, learning_rate: float
+    logits: torch.Tensor, log_mass: torch.Tensor, losses: torch.Tensor, learning_rate: float, centered: bool = True
 ) -> torch.Tensor:
     """
     One mirror-descent step on the rows of a batch; all other rows stay where they are, so its cost is O(B).
@@ -35,6 +35,8 @@ def mirror_descent_step(
         log_mass (`torch.Tensor`): logarithms of their unnormalised weights, shape (B,); any constant may be added.
         losses (`torch.Tensor`): mean negative log-likelihood per completion token of each row, shape (B,), in nats.
         learning_rate (`float`): eta, the step in logits per nat.
+        centered (`bool`): subtract the batch mean. Not for excess losses in sigmoid weights: their zero says whether
+            a row is good, each on its own, and sigma of the accumulated log-likelihood ratio is its probability.
 
     Returns:
         `torch.Tensor`: the new logits, shape (B,).
@@ -50,7 +52,7 @@ def mirror_descent_step(
     ```
     """
     # omega_i <- omega_i - eta * (l_i - sum_B mass_k l_k / sum_B mass_k)
-    weighted_mean = (log_mass.softmax(dim=0) * losses).sum()
+    weighted_mean = (log_mass.softmax(dim=0) * losses).sum() if centered else 0.0
     return logits - learning_rate * (losses - weighted_mean)
 
 

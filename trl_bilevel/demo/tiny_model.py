@@ -27,6 +27,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return LlamaForCausalLM(config)
 
 
+def load_model(folder: str) -> LlamaForCausalLM:
+    """A model that was saved to a folder."""
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
 @torch.no_grad()
 def exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, batch_size: int = 250) -> float:
     """

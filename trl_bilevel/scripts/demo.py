@@ -12,7 +12,8 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from trl_bilevel.demo.comparison import Comparison, DemoArguments
+from trl_bilevel.demo.comparison import Comparison
+from trl_bilevel.demo.problem import DemoArguments
 
 
 def main(args: DemoArguments) -> Comparison:
