@@ -57,6 +57,14 @@ def test_step_cost_trains_both_methods_on_the_same_rows(monkeypatch):
     assert seen["sft"] == seen["bds"]
 
 
+def test_selector_scale(capsys):
+    benchmark = _load("selector_scale")
+    benchmark.main(benchmark.BenchmarkArguments(num_rows=[5000], batch_size=16, num_updates=3))
+    printed = capsys.readouterr().out
+    assert "5,000" in printed
+    assert "mirror_descent" in printed
+
+
 def test_real_text(tmp_path, capsys):
     benchmark = _load("real_text")
     for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):

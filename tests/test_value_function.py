@@ -240,12 +240,16 @@ def test_starts_from_the_users_own_adapter(make_lora_trainer, build_model, tmp_p
     second.train()
 
 
-def test_checkpoint_without_it_is_refused(make_lora_trainer, tmp_path):
-    plain = make_lora_trainer(
-        value_function="none", selector_activation="sigmoid", max_steps=2, save_strategy="steps", save_steps=1
-    )
-    plain.train()
-    checkpoint = os.path.join(plain.args.output_dir, "checkpoint-1")
+def test_checkpoint_without_it_is_refused(make_lora_trainer):
+    trainer = make_lora_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = os.path.join(trainer.args.output_dir, "checkpoint-1")
+    path = os.path.join(checkpoint, VALUE_FUNCTION_FILE_NAME)
+    with open(path, "r+b") as file:
+        file.truncate(40)
+    with pytest.raises(ValueError, match=f"{VALUE_FUNCTION_FILE_NAME} is damaged"):
+        make_lora_trainer().train(resume_from_checkpoint=checkpoint)
+    os.remove(path)
     with pytest.raises(FileNotFoundError, match="the value function cannot be restored"):
         make_lora_trainer().train(resume_from_checkpoint=checkpoint)
 

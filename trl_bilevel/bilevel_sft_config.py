@@ -57,6 +57,11 @@ class BilevelSFTConfig(SFTConfig):
             Which rows the value function learns: `"rejected"`, those the selector turned down; `"all"`; or
             `"selected"`, the lower level's weighted rows.
 
+        selector_prior (`float`, *optional*, defaults to `0.2`):
+            With a value function and sigmoid weights, the probability that a training row is good before anything is
+            known of it, in (0, 1). The weight is the probability afterwards; a low prior trains on rows only once
+            they have proved good.
+
         > Parameters that control the data selector
 
         selector_activation (`str`, *optional*):
@@ -133,6 +138,10 @@ class BilevelSFTConfig(SFTConfig):
     value_function_rows: ValueFunctionRows = field(
         default="rejected",
         metadata={"help": "Rows that the value function learns: `'rejected'`, `'all'` or `'selected'`."},
+    )
+    selector_prior: float = field(
+        default=0.2,
+        metadata={"help": "Probability that a row is good before anything is known of it, with a value function."},
     )
     selector_activation: SelectorActivation | None = field(
         default=None,
@@ -230,6 +239,8 @@ class BilevelSFTConfig(SFTConfig):
                 "`selector_learning_rate` must be a finite number, 0 or larger, got "
                 f"{self.selector_learning_rate}. 0 keeps the weights as they are."
             )
+        if not 0 < self.selector_prior < 1:
+            raise ValueError(f"`selector_prior` must be larger than 0 and less than 1, got {self.selector_prior}.")
         if not 0 < self.bmo_temperature < float("inf"):
             raise ValueError(f"`bmo_temperature` must be a finite number larger than 0, got {self.bmo_temperature}.")
         _check_ignored_options(self)
@@ -262,6 +273,7 @@ _READ_ONLY_WITH: dict[str, tuple[str, str]] = {
     "source_column": ("selection_method", "bds"),
     "value_function": ("selection_method", "bds"),
     "value_function_rows": ("value_function", "adapter"),
+    "selector_prior": ("value_function", "adapter"),
     "bmo_temperature": ("selection_method", "bmo"),
     "beta": ("validation_loss_type", "dpo"),
 }

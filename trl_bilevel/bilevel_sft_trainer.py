@@ -167,7 +167,9 @@ class BilevelSFTTrainer(BilevelStep):
             activation=activation,
             optimizer=args.selector_optimizer,
             learning_rate=learning_rate,
+            # Excess losses in sigmoid weights: each row is judged on its own
             centered=not (has_value_function and activation == "sigmoid"),
+            prior=args.selector_prior if has_value_function and activation == "sigmoid" else 0.5,
             sources=None if self._sources is None else self._sources.of_rows,
             sample_ids=self._sample_ids,
         )

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,10 +58,12 @@ class DataSelector:
             `save_pretrained` stores the rows; their positions if not given.
         centered (`bool`): compare the losses of a batch with their mean. `False` for excess losses in sigmoid
             weights, whose own zero tells good from bad, see [`~trl_bilevel.selector_updates.mirror_descent_step`].
+        prior (`float`): sigma of the logit that a sigmoid selector starts with, in (0, 1): the probability that a row
+            is good before anything is known of it.
 
     Raises:
-        `ValueError`: for an empty dataset, an unknown activation or optimizer, a negative or non-finite rate, or
-            sources or ids of another number of rows.
+        `ValueError`: for an empty dataset, an unknown activation or optimizer, a negative or non-finite rate, a
+            prior out of range, or sources or ids of another number of rows.
 
     Example:
 
@@ -89,6 +92,7 @@ class DataSelector:
         sources: torch.Tensor | None = None,
         sample_ids: pa.ChunkedArray | None = None,
         centered: bool = True,
+        prior: float = 0.5,
     ):
         if num_rows < 1:
             raise ValueError(f"A data selector needs at least one row to weigh, got num_rows={num_rows}.")
@@ -108,15 +112,23 @@ class DataSelector:
         for name, values in (("sources", sources), ("sample_ids", sample_ids)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} must have one entry per row, got {len(values)} for {num_rows} rows.")
-        self.sample_ids = pa.chunked_array([np.arange(num_rows)]) if sample_ids is None else sample_ids
+        if not 0 < prior < 1 or (activation == "softmax" and prior != 0.5):
+            raise ValueError(f"prior must be in (0, 1), and 0.5 for softmax weights, which ignore it; got {prior}.")
+        self.prior = prior
+        self._sample_ids = sample_ids
         self.sources = sources
         num_units = num_rows if sources is None else int(sources.max()) + 1
         # A unit is what has a weight: a row, or a source
         self._unit_sizes = None if sources is None else sources.bincount(minlength=num_units).double()  # (U,)
-        self._unit_logits = torch.zeros(num_units)  # (U,)
+        self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._adam = torch.optim.Adam([self._unit_logits], lr=learning_rate) if optimizer == "adam" else None
         self._refresh_normalizer()
+
+    @property
+    def sample_ids(self) -> pa.ChunkedArray:
+        """Ids of the rows, N of them; their positions if none were given."""
+        return pa.chunked_array([np.arange(self.num_rows)]) if self._sample_ids is None else self._sample_ids
 
     @property
     def logits(self) -> torch.Tensor:
@@ -141,8 +153,8 @@ class DataSelector:
 
         `"selected"` are the weights themselves: the lower level's solution to the letter of the penalty form, to which
         theta itself comes close, so that the excess loss vanishes. `"all"` are equal weights. `"rejected"` are the
-        weights' counterpart, 1 / (1 + w) or for the sigmoid 1 - sigma, times 2 so that they start at 1: theta-hat
-        learns what the selector turned down, and the excess loss is a likelihood ratio of the two.
+        weights' counterpart, 1 / (1 + w) or for the sigmoid 1 - sigma, scaled to start at 1: theta-hat learns what the
+        selector turned down, and the excess loss is a likelihood ratio of the two.
 
         Args:
             row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
@@ -156,7 +168,9 @@ class DataSelector:
         if rows == "all":
             return torch.ones(row_indices.shape)
         logits = self._unit_logits[self._units_of(row_indices)]
-        return 2 * torch.sigmoid(-(self.weights_of(row_indices).log() if self.activation == "softmax" else logits))
+        if self.activation == "softmax":
+            logits = self.weights_of(row_indices).log()
+        return torch.sigmoid(-logits) / (1 - self.prior)
 
     @property
     def scored(self) -> torch.Tensor:
@@ -214,13 +228,20 @@ class DataSelector:
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
-        share = self._mass(self._unit_logits) / self._total  # (U,), of one row of the unit; over rows it sums to 1
-        num_rows = torch.ones_like(share) if self._unit_sizes is None else self._unit_sizes
+        entropy, sum_of_squares, smallest, largest = 0.0, 0.0, math.inf, 0.0
+        for units in _slices(len(self._unit_logits)):
+            share = (
+                self._mass(self._unit_logits[units]) / self._total
+            )  # of one row of the unit; over rows it sums to 1
+            num_rows = torch.ones_like(share) if self._unit_sizes is None else self._unit_sizes[units]
+            entropy += torch.dot(num_rows, torch.special.entr(share)).item()
+            sum_of_squares += torch.dot(num_rows, share.square()).item()
+            smallest, largest = min(smallest, share.min().item()), max(largest, share.max().item())
         return SelectorStatistics(
-            entropy=torch.dot(num_rows, torch.special.entr(share)).item(),
-            effective_sample_ratio=1 / (self.num_rows * torch.dot(num_rows, share.square()).item()),
-            weight_min=self.num_rows * share.min().item(),
-            weight_max=self.num_rows * share.max().item(),
+            entropy=entropy,
+            effective_sample_ratio=1 / (self.num_rows * sum_of_squares),
+            weight_min=self.num_rows * smallest,
+            weight_max=self.num_rows * largest,
         )
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
@@ -350,6 +371,7 @@ class DataSelector:
             "rows_fingerprint": fingerprint,
             "activation": self.activation,
             "optimizer": self.optimizer,
+            "prior": self.prior,
         }
 
     def _units_of(self, row_indices: torch.Tensor) -> torch.Tensor:
@@ -397,8 +419,13 @@ class DataSelector:
 
     def _refresh_normalizer(self) -> None:
         self._shift = self._unit_logits.max().item() if self.activation == "softmax" else 0.0
-        self._total = self._rows_mass(slice(None))
+        self._total = sum(self._rows_mass(units) for units in _slices(len(self._unit_logits)))
         self._refreshed_total = self._total
+
+
+def _slices(length: int, size: int = 1_000_000) -> Iterator[slice]:
+    """Walk over many rows in pieces, so that float64 copies of them stay small."""
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def _strings(ids: pa.ChunkedArray) -> pa.Array:
