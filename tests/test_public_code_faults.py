@@ -55,7 +55,7 @@ def test_prompts_are_cut_at_the_right_column_and_labels_shifted_once(
 
 
 def test_short_validation_set_does_not_cut_the_epoch(make_trainer, monkeypatch):
-    """`zip` over two loaders ends with the shorter one; here 24 training rows meet 5 validation rows time and again."""
+    """`zip` over two loaders ends with the shorter one; here 24 training rows meet 5 validation rows again."""
     trainer = make_trainer(validation_dataset=prompt_completion_rows(5, 1000), max_steps=-1, num_train_epochs=1)
     validation_rows = []
     paired = trainer._get_paired_sampler
