@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import prompt_completion_rows
 from datasets import DatasetDict, load_dataset
 
-from trl_bilevel import __version__
+from trl_bilevel import DataSelector, __version__
 from trl_bilevel.cli import main
 from trl_bilevel.dataset_loading import load_split
 
@@ -79,6 +80,22 @@ def test_sft_trains_curates_and_saves(files, tmp_path):
     curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(curated) == 12
     assert curated.column_names[:2] == ["prompt", "completion"]
+
+    # What it leaves serves other runs: plain SFT on the curated rows, and the weights as a start
+    options = _training_options(files, tmp_path / "plain")
+    options[options.index(str(files / "mixture.jsonl"))] = str(tmp_path / "out" / "curated")
+    del options[options.index("--validation_dataset_name") : options.index("--validation_dataset_name") + 2]
+    result = _run(sys.executable, str(EXAMPLES / "train_on_curated.py"), *options, "--keep_ratio", "0.4")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+    selector = ["--data_selector", str(tmp_path / "out"), "--selector_learning_rate", "0"]
+    result = _run(*command[:2], *_training_options(files, tmp_path / "next"), *selector)
+    assert result.returncode == 0, result.stderr
+    first, second = (DataSelector.from_pretrained(tmp_path / name) for name in ("out", "next"))
+    # rows that the first run never saw take its mean weight, which rescales the others
+    first_weights, second_weights = (selector.weights()[first.scored] for selector in (first, second))
+    assert first_weights.std() > 1e-4
+    torch.testing.assert_close(second_weights / second_weights.mean(), first_weights / first_weights.mean())
 
 
 def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path):

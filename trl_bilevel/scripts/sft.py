@@ -34,6 +34,8 @@ class BilevelScriptArguments(ScriptArguments):
         validation_dataset_config (`str`, *optional*): its configuration.
         validation_dataset_split (`str`): its split, `train` by default.
         keep_ratio (`float`, *optional*): share of training rows in the curated dataset; all rows, scored, by default.
+        data_selector (`str`, *optional*): weights of another run to start from, joined by sample id: a folder, a
+            dataset on the Hub, or a `.pt` file of SEAL.
     """
 
     validation_dataset_name: str | None = field(
@@ -46,6 +48,11 @@ class BilevelScriptArguments(ScriptArguments):
     keep_ratio: float | None = field(
         default=None,
         metadata={"help": "Share of training rows in the curated dataset, in (0, 1]. All rows, scored, if not given."},
+    )
+
+    data_selector: str | None = field(
+        default=None,
+        metadata={"help": "Weights of another run to start from: a folder, a dataset on the Hub, or a `.pt` file."},
     )
 
     def __post_init__(self) -> None:
@@ -101,6 +108,7 @@ def main(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        data_selector=script_args.data_selector,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
@@ -112,6 +120,11 @@ def main(
         path = Path(training_args.output_dir) / "curated" / "train.parquet"
         curated.to_parquet(path)
         trainer.accelerator.print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
+        selector_path = trainer.data_selector.save_pretrained(training_args.output_dir)
+        trainer.accelerator.print(f"⚖️ Weights for other runs saved to {selector_path}.")
+        if training_args.source_column is not None:
+            for source, weight in trainer.source_weights().items():
+                trainer.accelerator.print(f"   {weight:8.4f}  {source}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")

@@ -1,0 +1,52 @@
+"""
+TRL's own `SFTTrainer` on the dataset that another run curated: a small model finds the good rows, a large one learns
+them.
+
+```bash
+trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft --value_function adapter \
+    --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir small
+
+accelerate launch examples/train_on_curated.py --model_name_or_path Qwen/Qwen3-8B --use_peft \
+    --dataset_name small/curated --keep_ratio 0.5 --output_dir large
+```
+
+To let the larger run go on learning the weights, give them to it instead: `trl-bilevel sft ... --data_selector small`.
+"""
+
+from dataclasses import dataclass
+
+from datasets import load_dataset
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+
+@dataclass
+class ExampleArguments(ScriptArguments):
+    keep_ratio: float = 0.7  # share of the rows to train on, the best first
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ExampleArguments, SFTConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config()
+
+    curated = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+    # Ranks are over all rows that were scored, 1 is best
+    num_kept = round(script_args.keep_ratio * max(curated["rank"]))
+    curated = curated.filter(lambda row: row["scored"] and row["rank"] <= num_kept)
+
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=curated,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
