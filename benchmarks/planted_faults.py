@@ -6,7 +6,8 @@ python benchmarks/planted_faults.py --output_dir planted_faults
 ```
 
 Results are written as they come: run it again after an interruption, or in parallel with other `--seeds`, and it goes
-on. `--methods` names a part of them; without `--train`, it prints the table of what is there.
+on. `--methods` names a part of them, `--study` adds one changed option at a time; with `--train false` it prints the
+tables of what is there.
 """
 
 import json
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, DataSelector
 from trl_bilevel.demo.comparison import area_under_roc, precision_among_kept
 from trl_bilevel.demo.problem import DemoArguments, Problem, build_problem, fine_tune
 from trl_bilevel.demo.tiny_model import completion_losses, exact_match
@@ -42,6 +43,7 @@ class BenchmarkArguments:
         output_dir (`str`): folder for base models and results.
         seeds (`list[int]`): seeds of data, models and training.
         methods (`list[str]`): names from `METHODS`; all by default.
+        study (`bool`): also run the methods of `STUDY_OPTIONS`.
         num_train_epochs (`int`): epochs over the faulty rows.
         num_train_rows (`int`): faulty rows.
         num_base_steps (`int`): optimizer steps of the base model.
@@ -51,6 +53,7 @@ class BenchmarkArguments:
     output_dir: str = "planted_faults"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     methods: list[str] = field(default_factory=lambda: list(METHODS))
+    study: bool = False
     num_train_epochs: int = 4
     num_train_rows: int = 3000
     num_base_steps: int = 800
@@ -90,17 +93,58 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, value function on all rows": {"value_function": "adapter", "value_function_rows": "all"},
     "BDS, value function on selected rows": {"value_function": "adapter", "value_function_rows": "selected"},
 }
-METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS)
+# Another round with what a first run of "BDS, value function" learned
+FIRST_ROUND = "BDS, value function"
+ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, value function, from the first's weights")
+METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *ROUNDS)
+
+_VALUE_FUNCTION = {"value_function": "adapter"}
+# One change at a time to the defaults, without and with a value function
+STUDY_OPTIONS: dict[str, dict[str, Any]] = {
+    "BDS, lambda 0.5": {"validation_weight": 0.5},
+    "BDS, lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "BDS, step 0.3": {"selector_learning_rate": 0.3},
+    "BDS, step 3": {"selector_learning_rate": 3.0},
+    "BDS, half of each batch filtered": {"filter_ratio": 0.5},
+    "BDS, sigmoid weights": {"selector_activation": "sigmoid"},
+    "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
+    "VF, lambda 0.5": {**_VALUE_FUNCTION, "validation_weight": 0.5},
+    "VF, lambda 1.0, 0.8, 0.6, 0.4": {
+        **_VALUE_FUNCTION,
+        "validation_weight": 1.0,
+        "validation_weight_decay": 0.2,
+    },
+    "VF, step 1": {**_VALUE_FUNCTION, "selector_learning_rate": 1.0},
+    "VF, step 10": {**_VALUE_FUNCTION, "selector_learning_rate": 10.0},
+    "VF, prior 0.5": {**_VALUE_FUNCTION, "selector_prior": 0.5},
+    "VF, prior 0.05": {**_VALUE_FUNCTION, "selector_prior": 0.05},
+    "VF, softmax weights, step 1": {
+        **_VALUE_FUNCTION,
+        "selector_activation": "softmax",
+        "selector_learning_rate": 1.0,
+    },
+    "VF, half of each batch filtered": {**_VALUE_FUNCTION, "filter_ratio": 0.5},
+}
+
+
+def _kept_and_trusted(problem: Problem, first_round: DataSelector) -> Dataset:
+    """The best rows of the first round, as many as there are good ones, and the trusted rows."""
+    kept = first_round.logits.argsort(descending=True)[: _good(problem).sum()]
+    return concatenate_datasets([problem.faulty.select(kept.sort().values.tolist()), problem.trusted])
 
 
 def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, float]:
     """Train with a method and measure it; keys without a value for it are missing."""
+    first_round = Path(args.output_dir) / "first_round"
     good = _good(problem)
     unseen_good = np.array(problem.unseen["fault"]) == "none"
     started = time.monotonic()
     result: dict[str, float] = {}
-    if name in SFT_ROWS:
-        rows = SFT_ROWS[name](problem, args.seed)
+    if name in SFT_ROWS or name == ROUNDS[0]:
+        if name == ROUNDS[0]:
+            rows = _kept_and_trusted(problem, DataSelector.from_pretrained(first_round))
+        else:
+            rows = SFT_ROWS[name](problem, args.seed)
         trainer = fine_tune(SFTTrainer, SFTConfig, args, problem, lambda share: None, train_dataset=rows)
         result["seconds"] = time.monotonic() - started
         scores = -completion_losses(trainer.model, problem.tokenizer, problem.faulty)
@@ -113,9 +157,12 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
             lambda share: None,
             train_dataset=problem.faulty,
             validation_dataset=problem.trusted,
+            data_selector=DataSelector.from_pretrained(first_round) if name == ROUNDS[1] else None,
             amortized_selector=True,
-            **BILEVEL_OPTIONS[name],
+            **{**BILEVEL_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: _VALUE_FUNCTION}[name],
         )
+        if name == FIRST_ROUND:
+            trainer.data_selector.save_pretrained(first_round)
         result["seconds"] = time.monotonic() - started
         selector = trainer.data_selector
         scores = selector.logits.numpy()
@@ -141,7 +188,9 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
 
 def main(args: BenchmarkArguments) -> None:
     """Run what is missing, and print the table."""
-    unknown = sorted(set(args.methods) - set(METHODS))
+    if args.study:
+        args.methods = [*args.methods, *STUDY_OPTIONS]
+    unknown = sorted(set(args.methods) - {*METHODS, *STUDY_OPTIONS})
     if unknown:
         raise ValueError(f"Unknown methods {unknown}. Known are {list(METHODS)}.")
     transformers.logging.set_verbosity_error()

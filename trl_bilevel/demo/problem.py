@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..data_selector import DataSelector
 from . import tiny_model
 from .planted_faults import BASE_OPERATIONS, build_dataset, build_tokenizer
 
@@ -154,6 +155,7 @@ def fine_tune(
     on_progress: Callable[[float], None],
     train_dataset: Dataset,
     validation_dataset: Dataset | None = None,
+    data_selector: DataSelector | None = None,
     **options: Any,
 ) -> Any:
     """
@@ -166,6 +168,7 @@ def fine_tune(
         on_progress (`Callable`): called with the share of the steps that is done.
         train_dataset (`datasets.Dataset`): rows to train on.
         validation_dataset (`datasets.Dataset`, *optional*): trusted rows, for the bilevel trainer.
+        data_selector ([`~trl_bilevel.DataSelector`], *optional*): weights to start from, for the bilevel trainer.
         **options: of the configuration.
 
     Returns:
@@ -179,16 +182,15 @@ def fine_tune(
         max_steps=args.num_train_epochs * steps_per_epoch,
         **options,
     )
-    datasets = {"train_dataset": train_dataset}
-    if validation_dataset is not None:
-        datasets["validation_dataset"] = validation_dataset
+    bilevel_only = {"validation_dataset": validation_dataset, "data_selector": data_selector}
+    inputs = {"train_dataset": train_dataset} | {k: v for k, v in bilevel_only.items() if v is not None}
     trainer = trainer_class(
         problem.base_model,
         config,
         processing_class=problem.tokenizer,
         peft_config=LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[_StepProgress(on_progress)],
-        **datasets,
+        **inputs,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
