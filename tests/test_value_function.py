@@ -2,10 +2,13 @@
 
 import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import prompt_completion_rows
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
@@ -140,6 +143,23 @@ def test_what_the_user_gets_holds_no_trace_of_it(make_lora_trainer, build_model,
         train_dataset=validation_dataset, eval_dataset=validation_dataset, processing_class=trainer.processing_class,
     )  # fmt: skip
     assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_push_leaves_it_behind(make_lora_trainer, monkeypatch):
+    """What Trainer hands to the Hub client, filtered by the client's own function."""
+    trainer = make_lora_trainer(max_steps=1)
+    trainer.train()
+    uploads = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: RepoUrl(f"https://localhost/{repo_id}"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: uploads.append(options))
+    trainer.hub_model_id = "me/adapter"
+    trainer.push_to_hub()
+    (upload,) = uploads
+    files = [str(path.relative_to(upload["folder_path"])) for path in Path(upload["folder_path"]).rglob("*")]
+    assert VALUE_FUNCTION_FILE_NAME in files
+    pushed = list(filter_repo_objects(files, ignore_patterns=upload["ignore_patterns"]))
+    assert "adapter_model.safetensors" in pushed
+    assert VALUE_FUNCTION_FILE_NAME not in pushed
 
 
 def test_values_come_back_after_an_error(make_lora_trainer):
