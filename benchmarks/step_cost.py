@@ -1,8 +1,8 @@
 """
-What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer` against `SFTTrainer`.
+What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer`'s methods against `SFTTrainer`.
 
-Both train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
-one plain batch. Runs alternate, the first steps of each are left out, and the table shows medians of the pairs' ratios
+All train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
+one plain batch. Runs alternate in "pairs" of one run per method, the first steps of each are left out, and the table shows medians of the pairs' ratios
 with their range. Peak memory is taken in processes of their own; on a CPU, above what they held before training.
 
 ```bash
@@ -39,7 +39,13 @@ from trl_bilevel.demo.planted_faults import build_tokenizer
 from trl_bilevel.paired_batches import ValidationStream
 
 
-METHODS = ("sft", "bds")
+# Options of the bilevel trainer; plain SFT first, which the others are compared with
+METHODS: dict[str, dict[str, Any] | None] = {
+    "SFTTrainer": None,
+    "BDS": {},
+    "BMO": {"selection_method": "bmo"},
+    "BDS, value function": {"value_function": "adapter"},
+}
 
 
 @dataclass
@@ -134,7 +140,8 @@ def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFas
             "peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
             "callbacks": [clock],
         }
-        if method == "sft":
+        bilevel_options = METHODS[method]
+        if bilevel_options is None:
             stream = ValidationStream(len(validation), seed=42)
             rows: list[dict[str, Any]] = []
             for step in range(num_steps):
@@ -147,7 +154,7 @@ def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFas
             )
         else:
             trainer = BilevelSFTTrainer(
-                args=BilevelSFTConfig(per_device_train_batch_size=args.batch_size, **options),
+                args=BilevelSFTConfig(per_device_train_batch_size=args.batch_size, **options, **bilevel_options),
                 train_dataset=training,
                 validation_dataset=validation,
                 **arguments,
@@ -203,7 +210,7 @@ def main(args: BenchmarkArguments) -> None:
     medians: dict[str, list[float]] = {method: [] for method in METHODS}
     peaks: dict[str, list[float]] = {method: [] for method in METHODS}
     for pair in track(range(args.num_pairs), description="Step time", console=console):
-        for method in METHODS if pair % 2 == 0 else reversed(METHODS):
+        for method in list(METHODS)[:: 1 if pair % 2 == 0 else -1]:
             medians[method].append(statistics.median(run(method, args, tokenizer)[0]))
     for _ in track(range(args.num_memory_runs), description="Memory", console=console):
         for method in METHODS:
@@ -212,19 +219,19 @@ def main(args: BenchmarkArguments) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{device}; {args}")
     table = Table()
-    for column in ("measure", "SFTTrainer", "BilevelSFTTrainer", "ratio", "range of the pairs' ratios"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
+    for column in ("measure", "method", "median", "ratio to SFTTrainer", "range of the pairs' ratios"):
+        table.add_column(column, justify="left" if column in ("measure", "method") else "right")
     for name, values in (("step time, ms", medians), ("peak memory, MiB", peaks)):
         scale = 1000 if values is medians else 1
-        sft, bds = (statistics.median(values[method]) * scale for method in METHODS)
-        ratios = [bds / sft for sft, bds in zip(*(values[method] for method in METHODS), strict=True)]
-        table.add_row(
-            name,
-            f"{sft:.1f}",
-            f"{bds:.1f}",
-            f"{statistics.median(ratios):.3f}",
-            f"{min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)} pairs)",
-        )
+        for method in METHODS:
+            ratios = [value / sft for sft, value in zip(values["SFTTrainer"], values[method], strict=True)]
+            table.add_row(
+                name,
+                method,
+                f"{statistics.median(values[method]) * scale:.1f}",
+                f"{statistics.median(ratios):.3f}",
+                f"{min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)} pairs)",
+            )
     console.print(table)
 
 

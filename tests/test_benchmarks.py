@@ -35,13 +35,14 @@ def test_step_cost(capsys):
     output = capsys.readouterr().out
     assert "step time, ms" in output
     assert "peak memory, MiB" in output
+    assert output.count("BDS, value function") == 2
 
 
 def test_step_cost_trains_both_methods_on_the_same_rows(monkeypatch):
     benchmark = _load("step_cost")
     args = benchmark.BenchmarkArguments(num_steps=2, num_warmup_steps=1, batch_size=2, hidden_size=32, vocab_size=99)
     seen = {}
-    for method, trainer_class in (("sft", benchmark.SFTTrainer), ("bds", benchmark.BilevelSFTTrainer)):
+    for method, trainer_class in (("SFTTrainer", benchmark.SFTTrainer), ("BDS", benchmark.BilevelSFTTrainer)):
         batches = seen[method] = []
         original = trainer_class.get_batch_samples
 
@@ -53,8 +54,8 @@ def test_step_cost_trains_both_methods_on_the_same_rows(monkeypatch):
         monkeypatch.setattr(trainer_class, "get_batch_samples", recording)
         benchmark.run(method, args, benchmark.build_tokenizer())
         monkeypatch.undo()
-    assert len(seen["sft"]) == 3
-    assert seen["sft"] == seen["bds"]
+    assert len(seen["SFTTrainer"]) == 3
+    assert seen["SFTTrainer"] == seen["BDS"]
 
 
 def test_selector_scale(capsys):
