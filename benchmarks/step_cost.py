@@ -2,8 +2,9 @@
 What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer`'s methods against `SFTTrainer`.
 
 All train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
-one plain batch. Runs alternate in "pairs" of one run per method, the first steps of each are left out, and the table shows medians of the pairs' ratios
-with their range. Peak memory is taken in processes of their own; on a CPU, above what they held before training.
+one plain batch. Runs alternate in "pairs" of one run per method, the first steps of each are left out, and the table
+shows medians of the pairs' ratios with their range. Peak memory is taken in processes of their own; on a CPU, above
+what they held before training.
 
 ```bash
 python benchmarks/step_cost.py
@@ -206,7 +207,7 @@ def main(args: BenchmarkArguments) -> None:
     if args.only is not None:
         print(json.dumps({"peak_mib": run(args.only, args, tokenizer)[1]}))
         return
-    console = Console()
+    console = Console(width=120)
     medians: dict[str, list[float]] = {method: [] for method in METHODS}
     peaks: dict[str, list[float]] = {method: [] for method in METHODS}
     for pair in track(range(args.num_pairs), description="Step time", console=console):
