@@ -129,18 +129,22 @@ def test_stream_in_and_out(make_trainer, tmp_path):
 
 
 def test_amortized_selector_learns_what_it_is_told():
-    """Rows whose first feature is high have the higher loss: unseen rows with a low one must score higher."""
+    """What counts is the loss above 2 * the first feature, hidden difficulty: unseen rows must be ranked by it."""
     generator = torch.Generator().manual_seed(0)
-    head = AmortizedSelector(hidden_size=6, seed=0)
+    head = AmortizedSelector(hidden_size=32, seed=0)
     state = torch.get_rng_state()
     for _ in range(1000):
-        pooled = torch.randn(16, 6, generator=generator)
-        losses = pooled[:, 0] + 0.1 * torch.randn(16, generator=generator)
-        losses[3] = torch.nan  # left out
-        head.update(pooled, losses)
+        pooled = torch.randn(16, 32, generator=generator)
+        excess = torch.randn(16, generator=generator)
+        losses = excess + 2 * pooled[:, 0]
+        excess[3] = torch.nan  # left out
+        head.update(pooled, losses, excess)
     assert torch.equal(state, torch.get_rng_state())
-    unseen = torch.randn(500, 6, generator=generator)
-    assert torch.corrcoef(torch.stack([head.score(unseen), unseen[:, 0]]))[0, 1] < -0.8
+    pooled, excess = torch.randn(500, 32, generator=generator), torch.randn(500, generator=generator)
+    losses = excess + 2 * pooled[:, 0]
+    correlation = torch.corrcoef(torch.stack([head.score(pooled, losses), excess, losses]))
+    assert correlation[0, 1] < -0.8
+    assert correlation[2, 1] < 0.6  # the loss alone would not do
 
 
 def test_update_of_the_head_follows_the_gradient_of_the_lower_level():
@@ -149,14 +153,15 @@ def test_update_of_the_head_follows_the_gradient_of_the_lower_level():
     head._optimizer = torch.optim.SGD(head._head.parameters(), lr=1.0)
     pooled = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     losses = torch.tensor([1.0, 3.0, 0.5, 2.0, 2.5])
-    scores, bias = head.score(pooled).double(), head._head[3].bias.item()
+    means = torch.rand(5, generator=torch.Generator().manual_seed(1))
+    scores, bias = head.score(pooled, means).double(), head._head.output.bias.item()
 
     def lower_level(shift):
         return (torch.sigmoid(scores + shift) * (losses - losses.mean()).double()).mean()
 
     slope = (lower_level(1e-6) - lower_level(-1e-6)) / 2e-6
-    head.update(pooled, losses)
-    assert bias - head._head[3].bias.item() == pytest.approx(slope.item(), abs=1e-6)
+    head.update(pooled, means, losses)
+    assert bias - head._head.output.bias.item() == pytest.approx(slope.item(), abs=1e-6)
 
 
 def test_trained_with_the_model_and_resumed(make_lora_trainer, tmp_path):
@@ -178,15 +183,16 @@ def test_head_sees_the_hidden_states_of_the_training_forward(make_trainer, build
     """What it is updated with: the last hidden states of the completion tokens, averaged, of a fresh model."""
     trainer = make_trainer(amortized_selector=True, max_steps=1)
     seen = []
-    monkeypatch.setattr(trainer.amortized_selector, "update", lambda pooled, losses: seen.append((pooled, losses)))
+    monkeypatch.setattr(trainer.amortized_selector, "update", lambda *update: seen.append(update))
     trainer.train()
-    (pooled, losses), model = seen[0], build_model()
+    (pooled, row_means, losses), model = seen[0], build_model()
     rows = {row["bilevel_sample_index"]: row for row in trainer.train_dataset}
     for position, index in enumerate(trainer._step_sample_indices.tolist()):
         tokens, labels = torch.tensor([rows[index]["input_ids"]]), torch.tensor(rows[index]["labels"])
         with torch.no_grad():
             hidden = model.model(tokens).last_hidden_state[0]
         torch.testing.assert_close(pooled[position], hidden[labels != -100].mean(0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(row_means, losses)
     assert losses.shape == (4,)
 
 

@@ -59,9 +59,22 @@ def pool_completions(hidden_states: torch.Tensor, labels: torch.Tensor) -> torch
     return (hidden_states.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
+class _Head(torch.nn.Module):
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(hidden_size, elementwise_affine=False)
+        self.hidden = torch.nn.Linear(hidden_size + 1, _HIDDEN_UNITS)
+        self.output = torch.nn.Linear(_HIDDEN_UNITS, 1)
+
+    def forward(self, pooled: torch.Tensor, row_means: torch.Tensor) -> torch.Tensor:
+        features = torch.cat([self.norm(pooled), row_means[:, None]], dim=1)  # (B, H + 1)
+        return self.output(torch.nn.functional.gelu(self.hidden(features))).squeeze(-1)
+
+
 class AmortizedSelector:
     """
-    A two-layer head from pooled hidden states to a score, on the CPU in fp32, like the selector it amortizes.
+    A two-layer head from a row's pooled hidden states and its loss to a score: what a hard row may lose, the hidden
+    states tell. On the CPU in fp32, like the selector it amortizes.
 
     Args:
         hidden_size (`int`): H, of the model.
@@ -72,20 +85,21 @@ class AmortizedSelector:
     def __init__(self, hidden_size: int, seed: int, learning_rate: float = 1e-3):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._head = torch.nn.Sequential(
-                torch.nn.LayerNorm(hidden_size, elementwise_affine=False),
-                torch.nn.Linear(hidden_size, _HIDDEN_UNITS),
-                torch.nn.GELU(),
-                torch.nn.Linear(_HIDDEN_UNITS, 1),
-            )
+            self._head = _Head(hidden_size)
         self._optimizer = torch.optim.Adam(self._head.parameters(), lr=learning_rate)
 
     @torch.no_grad()
-    def score(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Scores of rows, higher is better, shape (B,), from their pooled hidden states, shape (B, H)."""
-        return self._head(pooled).squeeze(-1)
+    def score(self, pooled: torch.Tensor, row_means: torch.Tensor) -> torch.Tensor:
+        """
+        Scores of rows, higher is better, shape (B,).
 
-    def update(self, pooled: torch.Tensor, losses: torch.Tensor) -> None:
+        Args:
+            pooled (`torch.Tensor`): their pooled hidden states, shape (B, H).
+            row_means (`torch.Tensor`): their mean negative log-likelihoods per completion token, shape (B,), in nats.
+        """
+        return self._head(pooled, row_means)
+
+    def update(self, pooled: torch.Tensor, row_means: torch.Tensor, losses: torch.Tensor) -> None:
         """
         One step down the gradient of the lower level in sigmoid weights, through the head:
 
@@ -93,14 +107,15 @@ class AmortizedSelector:
 
         Args:
             pooled (`torch.Tensor`): of the training rows of a global batch, shape (B, H).
+            row_means (`torch.Tensor`): their losses under the model, shape (B,), in nats.
             losses (`torch.Tensor`): what the selector is updated with, losses or excess losses, shape (B,), in nats.
                 Rows with a NaN or infinite one are left out.
         """
-        finite = losses.isfinite() & pooled.isfinite().all(dim=1)
+        finite = losses.isfinite() & row_means.isfinite() & pooled.isfinite().all(dim=1)
         if not finite.any():
             return
         losses = losses[finite]
-        weights = self._head(pooled[finite]).squeeze(-1).sigmoid()  # (B,)
+        weights = self._head(pooled[finite], row_means[finite]).sigmoid()  # (B,)
         self._optimizer.zero_grad()
         (weights * (losses - losses.mean())).mean().backward()
         self._optimizer.step()
@@ -148,6 +163,6 @@ def load_amortized_selector(directory: str | os.PathLike) -> AmortizedSelector |
     path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
     if not path.is_file():
         return None
-    selector = AmortizedSelector(hidden_size=load_file(path)["head.1.weight"].shape[1], seed=0)
+    selector = AmortizedSelector(hidden_size=load_file(path)["head.hidden.weight"].shape[1] - 1, seed=0)
     selector.load(directory)
     return selector

@@ -242,17 +242,17 @@ class BilevelStep(SFTTrainer):
             value_function.step(self._get_learning_rate(), self._reduce_gradient)
 
     def _update_selector(self) -> None:
-        row_means = self._gather_rows(torch.cat(self._step_row_means))
+        losses = row_means = self._gather_rows(torch.cat(self._step_row_means))
         if self.args.selection_method == "bmo":
             log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
             self.data_selector.assign(self._step_sample_indices, log_weights)
         else:
             if self.value_function is not None:
                 # excess loss: l_i(theta) - l_i(theta-hat)
-                row_means = row_means - self._gather_rows(torch.cat(self._step_value_means))
-            self.data_selector.update(self._step_sample_indices, row_means)
+                losses = row_means - self._gather_rows(torch.cat(self._step_value_means))
+            self.data_selector.update(self._step_sample_indices, losses)
         if self.amortized_selector is not None:
-            self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means)
+            self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means, losses)
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
         if self.aux_loss_enabled:

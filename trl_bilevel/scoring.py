@@ -106,7 +106,7 @@ class RowScorer:
             scores["loss"] = self._losses(inputs)
         if self.amortized_selector is not None:
             pooled = pool_completions(hidden_states.pop(), inputs["labels"]).cpu()
-            scores["selector_score"] = self.amortized_selector.score(pooled)
+            scores["selector_score"] = self.amortized_selector.score(pooled, scores["loss"].float().cpu())
         if self.value_function is not None:
             with self.value_function.active():
                 scores["value_loss"] = self._losses(inputs)
