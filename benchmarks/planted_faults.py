@@ -158,7 +158,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
             train_dataset=problem.faulty,
             validation_dataset=problem.trusted,
             data_selector=DataSelector.from_pretrained(first_round) if name == ROUNDS[1] else None,
-            amortized_selector=True,
+            amortized_selector=name in ("BDS", FIRST_ROUND),
             **{**BILEVEL_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: _VALUE_FUNCTION}[name],
         )
         if name == FIRST_ROUND:
@@ -172,7 +172,8 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
         unseen = trainer.score(problem.unseen, batch_size=250)
         result["unseen_auroc"] = area_under_roc(np.array(unseen["score"]), unseen_good)
         result["unseen_auroc_loss"] = area_under_roc(-np.array(unseen["loss"]), unseen_good)
-        result["unseen_auroc_head"] = area_under_roc(np.array(unseen["selector_score"]), unseen_good)
+        if "selector_score" in unseen.column_names:
+            result["unseen_auroc_head"] = area_under_roc(np.array(unseen["selector_score"]), unseen_good)
         seen = trainer.score(problem.faulty, batch_size=250)
         result["final_auroc"] = area_under_roc(np.array(seen["score"]), good)
     result["auroc"] = area_under_roc(scores, good)
