@@ -13,7 +13,6 @@ tables of what is there.
 import json
 import os
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,7 +137,6 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
     first_round = Path(args.output_dir) / "first_round"
     good = _good(problem)
     unseen_good = np.array(problem.unseen["fault"]) == "none"
-    started = time.monotonic()
     result: dict[str, float] = {}
     if name in SFT_ROWS or name == ROUNDS[0]:
         if name == ROUNDS[0]:
@@ -146,7 +144,6 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
         else:
             rows = SFT_ROWS[name](problem, args.seed)
         trainer = fine_tune(SFTTrainer, SFTConfig, args, problem, lambda share: None, train_dataset=rows)
-        result["seconds"] = time.monotonic() - started
         scores = -completion_losses(trainer.model, problem.tokenizer, problem.faulty)
     else:
         trainer = fine_tune(
@@ -163,7 +160,6 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
         )
         if name == FIRST_ROUND:
             trainer.data_selector.save_pretrained(first_round)
-        result["seconds"] = time.monotonic() - started
         selector = trainer.data_selector
         scores = selector.logits.numpy()
         weights = selector.weights().numpy()
@@ -232,11 +228,6 @@ def _print_tables(console: Console, args: BenchmarkArguments, folder: Path) -> N
                     low, high = worst[seed]["exact_match"], best[seed]["exact_match"]
                     if high > low:
                         result["of_the_way"] = (result["exact_match"] - low) / (high - low)
-    if "SFT" in results:
-        for per_seed in results.values():
-            for seed, result in per_seed.items():
-                if seed in results["SFT"]:
-                    result["time_ratio"] = result["seconds"] / results["SFT"][seed]["seconds"]
     for title, columns in TABLES.items():
         table = Table(title=f"{title}: mean (range) over seeds {args.seeds}, {args.num_train_epochs} epochs")
         table.add_column("method", no_wrap=True)
@@ -255,7 +246,6 @@ TABLES = {
         "of_the_way": "share of the way from SFT to oracle",
         "auroc": "AUROC of the row ranking",
         "kept_good": "good rows among those kept",
-        "time_ratio": "time / SFT",
     },
     "Weights and rankings": {
         "effective_sample_ratio": "effective sample ratio",
