@@ -77,6 +77,7 @@ SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
     "SFT on random rows": _random_rows,
     "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(_good(problem))),
 }
+_LOSS = {"value_function": "none"}
 # Options of the bilevel trainer. The public codes: dense Adam, lambda falling from 1, mean of row means
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "dense Adam, as the public codes": {
@@ -87,42 +88,33 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
     "BMO": {"selection_method": "bmo"},
-    "BDS": {},
-    "BDS, value function": {"value_function": "adapter"},
-    "BDS, value function on all rows": {"value_function": "adapter", "value_function_rows": "all"},
-    "BDS, value function on selected rows": {"value_function": "adapter", "value_function_rows": "selected"},
+    "BDS, no value function": _LOSS,
+    "BDS (all defaults)": {},
+    "BDS, value function on all rows": {"value_function_rows": "all"},
+    "BDS, value function on selected rows": {"value_function_rows": "selected"},
 }
-# Another round with what a first run of "BDS, value function" learned
-FIRST_ROUND = "BDS, value function"
-ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, value function, from the first's weights")
+# Another round with what a first run learned
+FIRST_ROUND = "BDS (all defaults)"
+ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, from the first's weights")
 METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *ROUNDS)
 
-_VALUE_FUNCTION = {"value_function": "adapter"}
-# One change at a time to the defaults, without and with a value function
+# One change at a time, to BDS without a value function and to the defaults
 STUDY_OPTIONS: dict[str, dict[str, Any]] = {
-    "BDS, lambda 0.5": {"validation_weight": 0.5},
-    "BDS, lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
-    "BDS, step 0.3": {"selector_learning_rate": 0.3},
-    "BDS, step 3": {"selector_learning_rate": 3.0},
-    "BDS, half of each batch filtered": {"filter_ratio": 0.5},
-    "BDS, sigmoid weights": {"selector_activation": "sigmoid"},
+    "loss: lambda 0.5": {**_LOSS, "validation_weight": 0.5},
+    "loss: lambda 1.0, 0.8, 0.6, 0.4": {**_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "loss: step 0.3": {**_LOSS, "selector_learning_rate": 0.3},
+    "loss: step 3": {**_LOSS, "selector_learning_rate": 3.0},
+    "loss: half of each batch filtered": {**_LOSS, "filter_ratio": 0.5},
+    "loss: sigmoid weights": {**_LOSS, "selector_activation": "sigmoid"},
     "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
-    "VF, lambda 0.5": {**_VALUE_FUNCTION, "validation_weight": 0.5},
-    "VF, lambda 1.0, 0.8, 0.6, 0.4": {
-        **_VALUE_FUNCTION,
-        "validation_weight": 1.0,
-        "validation_weight_decay": 0.2,
-    },
-    "VF, step 1": {**_VALUE_FUNCTION, "selector_learning_rate": 1.0},
-    "VF, step 10": {**_VALUE_FUNCTION, "selector_learning_rate": 10.0},
-    "VF, prior 0.5": {**_VALUE_FUNCTION, "selector_prior": 0.5},
-    "VF, prior 0.05": {**_VALUE_FUNCTION, "selector_prior": 0.05},
-    "VF, softmax weights, step 1": {
-        **_VALUE_FUNCTION,
-        "selector_activation": "softmax",
-        "selector_learning_rate": 1.0,
-    },
-    "VF, half of each batch filtered": {**_VALUE_FUNCTION, "filter_ratio": 0.5},
+    "lambda 0.5": {"validation_weight": 0.5},
+    "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "step 1": {"selector_learning_rate": 1.0},
+    "step 10": {"selector_learning_rate": 10.0},
+    "prior 0.5": {"selector_prior": 0.5},
+    "prior 0.05": {"selector_prior": 0.05},
+    "softmax weights, step 1": {"selector_activation": "softmax", "selector_learning_rate": 1.0},
+    "half of each batch filtered": {"filter_ratio": 0.5},
 }
 
 
@@ -155,8 +147,8 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
             train_dataset=problem.faulty,
             validation_dataset=problem.trusted,
             data_selector=DataSelector.from_pretrained(first_round) if name == ROUNDS[1] else None,
-            amortized_selector=name in ("BDS", FIRST_ROUND),
-            **{**BILEVEL_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: _VALUE_FUNCTION}[name],
+            amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
+            **{**BILEVEL_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: {}}[name],
         )
         if name == FIRST_ROUND:
             trainer.data_selector.save_pretrained(first_round)

@@ -43,7 +43,7 @@ from trl_bilevel.paired_batches import ValidationStream
 # Options of the bilevel trainer; plain SFT first, which the others are compared with
 METHODS: dict[str, dict[str, Any] | None] = {
     "SFTTrainer": None,
-    "BDS": {},
+    "BDS": {"value_function": "none"},
     "BMO": {"selection_method": "bmo"},
     "BDS, value function": {"value_function": "adapter"},
 }

@@ -3,7 +3,7 @@ TRL's own `SFTTrainer` on the dataset that another run curated: a small model fi
 them.
 
 ```bash
-trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft --value_function adapter \
+trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft \
     --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir small
 
 accelerate launch examples/train_on_curated.py --model_name_or_path Qwen/Qwen3-8B --use_peft \

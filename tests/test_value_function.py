@@ -274,6 +274,28 @@ def test_checkpoint_without_it_is_refused(make_lora_trainer):
         make_lora_trainer().train(resume_from_checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"peft_config": None}, False),
+        ({"selection_method": "bmo"}, False),
+        ({"selector_optimizer": "adam"}, False),
+        ({"value_function": "none"}, False),
+    ],
+)
+def test_default_is_to_have_one_where_it_works(make_trainer, options, expected):
+    trainer = make_trainer(**{"peft_config": LoraConfig(**LORA), **options})
+    assert (trainer.value_function is not None) == expected
+    assert trainer.data_selector.activation == ("sigmoid" if expected else "softmax")
+    assert trainer.data_selector.centered != expected
+
+
+def test_its_options_are_refused_where_the_default_is_none(make_trainer):
+    with pytest.raises(ValueError, match=r"`selector_prior=0\.4` has no effect without a value function"):
+        make_trainer(selector_prior=0.4)
+
+
 def test_needs_an_adapter(make_lora_trainer):
     with pytest.raises(ValueError, match="Pass `peft_config=LoraConfig"):
         make_lora_trainer(peft_config=None)
@@ -288,11 +310,10 @@ def test_optimizer_tied_to_the_model_is_refused():
     ("options", "message"),
     [
         ({"value_function": "model"}, "must be 'none' or 'adapter', got 'model'"),
-        (
-            {"value_function": "adapter", "value_function_rows": "good"},
-            "'rejected' or 'all' or 'selected', got 'good'",
-        ),
-        ({"value_function_rows": "all"}, "`value_function_rows='all'` has no effect with `value_function='none'`"),
+        ({"value_function_rows": "good"}, "must be 'rejected' or 'all' or 'selected', got 'good'"),
+        ({"selector_prior": 1.0}, "larger than 0 and less than 1, got 1.0"),
+        ({"value_function": "none", "selector_prior": 0.3}, "`selector_prior=0.3` has no effect"),
+        ({"value_function": "none", "value_function_rows": "all"}, "`value_function_rows='all'` has no effect"),
         ({"value_function": "adapter", "selection_method": "bmo"}, "has no effect with `selection_method='bmo'`"),
     ],
 )

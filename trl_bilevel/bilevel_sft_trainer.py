@@ -157,7 +157,7 @@ class BilevelSFTTrainer(BilevelStep):
             training_batch=args.per_device_train_batch_size * batches_per_step,
             validation_batch=self.validation_batch_size * batches_per_step,
         )
-        has_value_function = args.value_function == "adapter"
+        has_value_function = self._resolve_value_function()
         activation = args.selector_activation or ("sigmoid" if has_value_function else "softmax")
         learning_rate = args.selector_learning_rate
         if learning_rate is None and has_value_function and args.selector_optimizer == "mirror_descent":
@@ -178,7 +178,7 @@ class BilevelSFTTrainer(BilevelStep):
             logger.info(f"{num_known} of {len(train_dataset)} rows start with a weight of the given selector.")
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
-        self.value_function = self._build_value_function() if args.value_function == "adapter" else None
+        self.value_function = self._build_value_function() if has_value_function else None
         self.amortized_selector = (
             AmortizedSelector(self.model.config.get_text_config().hidden_size, args.seed)
             if args.amortized_selector
@@ -198,6 +198,24 @@ class BilevelSFTTrainer(BilevelStep):
                 "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
                 f"Use data parallelism only, got {parallelism}."
             )
+
+    def _resolve_value_function(self) -> bool:
+        args = self.args
+        if args.value_function is not None:
+            return args.value_function == "adapter"
+        works = (
+            is_peft_model(self.model)
+            and args.selection_method == "bds"
+            and args.selector_optimizer == "mirror_descent"
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or args.fp16)
+        )
+        for name in () if works else ("value_function_rows", "selector_prior"):
+            if getattr(args, name) != BilevelSFTConfig.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}={getattr(args, name)!r}` has no effect without a value function, which this run does "
+                    "not get by default. Leave it out, or set `value_function='adapter'`."
+                )
+        return works
 
     def _build_value_function(self) -> ValueFunction:
         if not is_peft_model(self.model):

@@ -66,7 +66,6 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
         partial(advance, STAGES[2]),
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
-        value_function="adapter",
     )
     bilevel.save_model(str(output_dir / "adapter"))
 
