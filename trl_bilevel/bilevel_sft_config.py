@@ -68,13 +68,14 @@ class BilevelSFTConfig(SFTConfig):
 
         selector_activation (`str`, *optional*):
             How a row's logit becomes its weight: `"softmax"`, rows compete for weight, or `"sigmoid"`, each on its
-            own. Both are scaled to mean 1. If `None`, softmax, and sigmoid with a value function.
+            own. Both are scaled to mean 1. If `None`, softmax, and sigmoid with a value function; or that of the
+            `data_selector` the trainer is given.
         selector_optimizer (`str`, *optional*, defaults to `"mirror_descent"`):
             `"mirror_descent"` moves the rows of the batch only, at a cost independent of the dataset's size. `"adam"`
             is dense Adam on all logits, the reference of the published codes.
         selector_learning_rate (`float`, *optional*):
             Step of the selector; for mirror descent in logits per nat of excess loss. If `None`, 1 for mirror
-            descent, 3 with a value function, and 5e-3 for Adam.
+            descent, 3 in sigmoid weights with a value function, and 5e-3 for Adam.
         filter_ratio (`float`, *optional*, defaults to `0.0`):
             Share of the rows of each batch, those of the lowest weight, that take no part in the model's step; their
             weights keep being learned. Rows that tie with a kept row are kept.

@@ -158,18 +158,22 @@ class BilevelSFTTrainer(BilevelStep):
             validation_batch=self.validation_batch_size * batches_per_step,
         )
         has_value_function = self._resolve_value_function()
-        activation = args.selector_activation or ("sigmoid" if has_value_function else "softmax")
+        # A given selector's logits mean something in its own activation only
+        default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
+        given_activation = default_activation if data_selector is None else data_selector.activation
+        activation = args.selector_activation or given_activation
+        # Excess losses in sigmoid weights: each row is judged on its own
+        on_its_own = has_value_function and activation == "sigmoid"
         learning_rate = args.selector_learning_rate
-        if learning_rate is None and has_value_function and args.selector_optimizer == "mirror_descent":
+        if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
             learning_rate = _EXCESS_LOSS_LEARNING_RATE
         self.data_selector = DataSelector(
             num_rows=len(train_dataset),
             activation=activation,
             optimizer=args.selector_optimizer,
             learning_rate=learning_rate,
-            # Excess losses in sigmoid weights: each row is judged on its own
-            centered=not (has_value_function and activation == "sigmoid"),
-            prior=args.selector_prior if has_value_function and activation == "sigmoid" else 0.5,
+            centered=not on_its_own,
+            prior=args.selector_prior if on_its_own else 0.5,
             sources=None if self._sources is None else self._sources.of_rows,
             sample_ids=self._sample_ids,
         )

@@ -105,7 +105,7 @@ class DataSelector:
         if not 0 <= learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number, 0 or larger, got {learning_rate}.")
         self.num_rows = num_rows
-        self.activation = activation
+        self.activation: SelectorActivation = activation
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.centered = centered
