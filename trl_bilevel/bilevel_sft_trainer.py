@@ -39,6 +39,7 @@ from .paired_batches import (
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
+from .selector_updates import SelectorActivation
 from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction, optimizer_maker
 
