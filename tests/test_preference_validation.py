@@ -144,8 +144,9 @@ def test_truncation_drops_whole_pairs(make_trainer, caplog):
 def test_a_pair_with_an_infinite_loss_leaves_as_a_whole(make_trainer, build_model, monkeypatch):
     """One completion of a pair is broken: the other takes no part either, and the run goes on."""
     trainer = make_trainer(
-        model=_lora(build_model()), validation_dataset=_pairs(4), validation_loss_type="dpo", max_steps=2
-    )
+        model=_lora(build_model()), validation_dataset=_pairs(4), validation_loss_type="dpo", max_steps=2,
+        value_function="none",
+    )  # fmt: skip
     forward, batches = trainer._forward, []
 
     def broken_forward(model, inputs):

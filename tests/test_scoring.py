@@ -101,10 +101,12 @@ def test_interrupted_scoring_goes_on(make_trainer, tmp_path, monkeypatch):
     assert scored["score"] == pytest.approx(expected, rel=1e-4)
     assert scored["prompt"] == unseen["prompt"]
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="another chunk size"):
+    with pytest.raises(ValueError, match="scores with another chunk_size"):
         trainer.score(unseen, tmp_path / "scored", chunk_size=6)
     trainer.train()
-    with pytest.raises(ValueError, match="scores of another model"):
+    with pytest.raises(ValueError, match=r"scores with another .*rows"):
+        trainer.score(unseen.select(range(1, 23)), tmp_path / "scored", chunk_size=5)
+    with pytest.raises(ValueError, match="scores with another model"):
         trainer.score(unseen, tmp_path / "scored", chunk_size=5)
 
 
@@ -126,6 +128,18 @@ def test_stream_in_and_out(make_trainer, tmp_path):
     (tmp_path / "scored" / "scored-000002.parquet").unlink()
     again = trainer.score(IterableDataset.from_generator(rows), tmp_path / "scored", chunk_size=4)
     assert again["score"] == scored["score"]
+
+
+def test_columns_of_a_stream_are_those_of_its_first_chunk(make_trainer, tmp_path):
+    """No features are declared: a key that the second chunk lacks is empty there, another type is an error."""
+    trainer = make_trainer(max_steps=1)
+    rows = [{**row, "note": 1} for row in prompt_completion_rows(4, offset=500)]
+    rows[2].pop("note")
+    scored = trainer.score(IterableDataset.from_generator(lambda: iter(rows)), tmp_path / "scored", chunk_size=2)
+    assert scored["note"] == [1, 1, None, 1]
+    rows[3]["note"] = "no number"
+    with pytest.raises(ValueError, match="Rows 2 to 4 do not fit the columns of the first chunk"):
+        trainer.score(IterableDataset.from_generator(lambda: iter(rows)), tmp_path / "other", chunk_size=2)
 
 
 def test_amortized_selector_learns_what_it_is_told():

@@ -250,6 +250,31 @@ def test_works_on_a_quantized_base_without_a_copy_of_it(make_lora_trainer, build
     assert trainer.data_selector.weights().std() > 0
 
 
+@pytest.mark.parametrize("load_best_model_at_end", [False, True])
+def test_reloaded_adapter_is_the_one_that_is_swapped(make_lora_trainer, validation_dataset, load_best_model_at_end):
+    """PEFT replaces an adapter in bf16 by parameters in fp32 when Trainer loads a checkpoint."""
+    options = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3,
+        "eval_dataset": validation_dataset, "load_best_model_at_end": load_best_model_at_end,
+    }  # fmt: skip
+    first, second = make_lora_trainer(**options), make_lora_trainer(**options)
+    for trainer in (first, second):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        trainer.value_function.rebind()
+    first.train()
+    second.train(resume_from_checkpoint=os.path.join(first.args.output_dir, "checkpoint-3"))
+    own, other = _adapter(second.model), _value_function(second)
+    with second.value_function.active():
+        inside = _adapter(second.model)
+    assert all(torch.equal(inside[name], other[name]) for name in own)
+    assert any(not torch.equal(inside[name], own[name]) for name in own)
+    scored = second.score(validation_dataset)
+    assert max(abs(score) for score in scored["score"]) > 1e-4
+    torch.testing.assert_close(second.data_selector.weights(), first.data_selector.weights(), rtol=0.05, atol=0.05)
+
+
 def test_starts_from_the_users_own_adapter(make_lora_trainer, build_model, tmp_path):
     first = make_lora_trainer(max_steps=2)
     first.train()
@@ -292,8 +317,10 @@ def test_default_is_to_have_one_where_it_works(make_trainer, options, expected):
 
 
 def test_its_options_are_refused_where_the_default_is_none(make_trainer):
-    with pytest.raises(ValueError, match=r"`selector_prior=0\.4` has no effect without a value function"):
+    with pytest.raises(ValueError, match=r"`selector_prior=0\.4` has no effect with softmax weights"):
         make_trainer(selector_prior=0.4)
+    with pytest.raises(ValueError, match="`value_function_rows='all'` has no effect without a value function"):
+        make_trainer(value_function_rows="all")
 
 
 def test_needs_an_adapter(make_lora_trainer):

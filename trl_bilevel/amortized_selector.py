@@ -84,7 +84,7 @@ class AmortizedSelector:
 
     def __init__(self, hidden_size: int, seed: int, learning_rate: float = 1e-3):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.random.default_generator.manual_seed(seed)  # the head lives on the CPU
             self._head = _Head(hidden_size)
         self._optimizer = torch.optim.Adam(self._head.parameters(), lr=learning_rate)
 
@@ -120,11 +120,15 @@ class AmortizedSelector:
         (weights * (losses - losses.mean())).mean().backward()
         self._optimizer.step()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The head's parameters by name."""
+        return dict(self._head.state_dict())
+
     def save(self, directory: str | os.PathLike) -> None:
         """Write the head and its optimizer to `amortized_selector.safetensors`, whole or not at all."""
         path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
         partial = path.with_suffix(".partial")
-        tensors = {f"head.{name}": value for name, value in self._head.state_dict().items()}
+        tensors = {f"head.{name}": value for name, value in self.state().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
         save_file(tensors, partial)

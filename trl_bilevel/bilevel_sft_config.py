@@ -275,7 +275,6 @@ _READ_ONLY_WITH: dict[str, tuple[str, str]] = {
     "selector_optimizer": ("selection_method", "bds"),
     "selector_learning_rate": ("selection_method", "bds"),
     "source_column": ("selection_method", "bds"),
-    "value_function": ("selection_method", "bds"),
     "value_function_rows": ("value_function", "adapter"),
     "selector_prior": ("value_function", "adapter"),
     "bmo_temperature": ("selection_method", "bmo"),
@@ -285,6 +284,11 @@ _READ_ONLY_WITH: dict[str, tuple[str, str]] = {
 
 def _check_ignored_options(args: BilevelSFTConfig) -> None:
     """Refuse options that the other choices made would ignore."""
+    if args.value_function == "adapter" and args.selection_method == "bmo":
+        raise ValueError(
+            "`value_function='adapter'` has no effect with `selection_method='bmo'`. Leave it out, or use "
+            "`selection_method='bds'`."
+        )
     for name, (choice, needed) in _READ_ONLY_WITH.items():
         value, default = getattr(args, name), BilevelSFTConfig.__dataclass_fields__[name].default
         chosen = getattr(args, choice)

@@ -41,7 +41,7 @@ from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
 from .training_metrics import TrainingMetrics
-from .value_function import ValueFunction, optimizer_maker
+from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 
 
 logger = get_logger(__name__)
@@ -165,6 +165,11 @@ class BilevelSFTTrainer(BilevelStep):
         activation = args.selector_activation or given_activation
         # Excess losses in sigmoid weights: each row is judged on its own
         on_its_own = has_value_function and activation == "sigmoid"
+        if not on_its_own and args.selector_prior != BilevelSFTConfig.__dataclass_fields__["selector_prior"].default:
+            raise ValueError(
+                f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
+                "function. Leave it out."
+            )
         learning_rate = args.selector_learning_rate
         if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
             learning_rate = _EXCESS_LOSS_LEARNING_RATE
@@ -192,6 +197,12 @@ class BilevelSFTTrainer(BilevelStep):
         self._training_metrics = TrainingMetrics()
 
     def _refuse_unsupported_setup(self) -> None:
+        if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "`validation_loss_type='dpo'` is not supported with DeepSpeed or FSDP: the reference's likelihoods "
+                "are computed before the model is sharded. Use plain data parallelism, or "
+                "`validation_loss_type='nll'`."
+            )
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` is not supported: it would replace the bilevel objective. Remove it, or override "
@@ -213,13 +224,15 @@ class BilevelSFTTrainer(BilevelStep):
             and args.selection_method == "bds"
             and args.selector_optimizer == "mirror_descent"
             and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or args.fp16)
+            and self.optimizer is None
+            and fits_other_parameters(*self._optimizer_recipe())
         )
-        for name in () if works else ("value_function_rows", "selector_prior"):
-            if getattr(args, name) != BilevelSFTConfig.__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` has no effect without a value function, which this run does "
-                    "not get by default. Leave it out, or set `value_function='adapter'`."
-                )
+        rows_default = BilevelSFTConfig.__dataclass_fields__["value_function_rows"].default
+        if not works and args.value_function_rows != rows_default:
+            raise ValueError(
+                f"`value_function_rows={args.value_function_rows!r}` has no effect without a value function, which "
+                "this run does not get by default. Leave it out, or set `value_function='adapter'`."
+            )
         return works
 
     def _build_value_function(self) -> ValueFunction:
@@ -233,10 +246,19 @@ class BilevelSFTTrainer(BilevelStep):
                 "`value_function='adapter'` is not supported with DeepSpeed, FSDP or fp16, which move or scale the "
                 "adapter's parameters and gradients. Use plain data parallelism and bf16, or `value_function='none'`."
             )
-        parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        make_optimizer = optimizer_maker(optimizer_class, options, self.args.weight_decay, self.args.optim)
-        return ValueFunction(parameters, make_optimizer, self.args.max_grad_norm)
+        if self.optimizer is not None:
+            raise ValueError(
+                "`value_function='adapter'` needs an optimizer of its own, of the same kind as the model's, and "
+                "cannot copy the one in `optimizers`. Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
+            )
+        names = [name for name, value in self.model.named_parameters() if value.requires_grad]
+        make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
+        return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
+
+    def _optimizer_recipe(self) -> tuple[Any, dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        return self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
     # ---- Data: training and validation rows in one batch ----
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
@@ -254,7 +276,7 @@ class BilevelSFTTrainer(BilevelStep):
         reference = use_adapter(self.model, None) if is_peft_model(self.model) else nullcontext()
         was_training = self.model.training
         self.model.eval()
-        with reference, self.compute_loss_context_manager():
+        with reference, self.accelerator.autocast():  # the model itself is not prepared yet
             self.validation_dataset = add_reference_likelihoods(
                 self.validation_dataset,
                 self.data_collator,
@@ -430,6 +452,8 @@ class BilevelSFTTrainer(BilevelStep):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self.value_function is not None:
+            self.value_function.rebind()
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             if self.amortized_selector is not None:

@@ -5,16 +5,20 @@ A pair becomes two rows of the batch, so that one forward pass still serves both
 fixed, hence computed once, before training: no second model and no second pass.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOTrainer
 
 from .losses import RowLosses
 
+
+logger = get_logger(__name__)
 
 REFERENCE_NLL = "reference_nll"
 """Batch key: list of float, negative log-likelihoods of the pairs' completions under the reference, in nats."""
@@ -104,4 +108,12 @@ def add_reference_likelihoods(
             column.extend(values.tolist())
     for name, values in columns.items():
         pairs = pairs.add_column(name, values)
-    return pairs
+    finite = [
+        index for index, sides in enumerate(zip(*columns.values(), strict=True)) if all(map(math.isfinite, sides))
+    ]
+    if len(finite) < len(pairs):
+        logger.warning(
+            f"{len(pairs) - len(finite)} of {len(pairs)} validation pairs have a NaN or infinite loss under the "
+            "reference and are left out."
+        )
+    return pairs.select(finite) if len(finite) < len(pairs) else pairs

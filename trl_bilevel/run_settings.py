@@ -22,11 +22,16 @@ _ROW_OPTIONS = (
 )
 
 
+def row_options(args: SFTConfig) -> dict[str, Any]:
+    """The options that decide which tokens a row's loss covers."""
+    return {name: getattr(args, name) for name in _ROW_OPTIONS}
+
+
 def write_run_settings(directory: str | os.PathLike, args: SFTConfig) -> None:
     """Write `bilevel_sft.json` to an existing directory, whole or not at all."""
     path = Path(directory) / RUN_SETTINGS_FILE_NAME
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"rows": {name: getattr(args, name) for name in _ROW_OPTIONS}}, indent=2) + "\n")
+    partial.write_text(json.dumps({"rows": row_options(args)}, indent=2) + "\n")
     os.replace(partial, path)
 
 

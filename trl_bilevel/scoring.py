@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from datasets import Dataset, IterableDataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from accelerate.utils import is_peft_model
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
 from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
+from .run_settings import row_options
 from .value_function import ValueFunction
 
 
@@ -49,12 +59,17 @@ class RowScorer:
         self.batch_size = batch_size
 
     def fingerprint(self) -> str:
-        """Of what decides the scores: the trained parameters and the head."""
-        digest = hashlib.sha256()
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad or "lora_" in name:
-                digest.update(parameter.detach().float().sum(dtype=torch.float64).cpu().numpy().tobytes())
-        digest.update(repr([self.value_function is None, self.amortized_selector is None]).encode())
+        """Of what decides the scores: the trained parameters, the value function, the head, and how rows are cut."""
+        model = self.trainer.model
+        adapter = get_peft_model_state_dict(model) if is_peft_model(model) else model.state_dict()
+        states = [adapter, self.value_function, self.amortized_selector]
+        digest = hashlib.sha256(json.dumps(row_options(self.trainer.args), sort_keys=True).encode())
+        for state in states:
+            tensors = {} if state is None else state if isinstance(state, dict) else state.state()
+            digest.update(f"{state is None} {len(tensors)}".encode())
+            for name, value in sorted(tensors.items()):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
@@ -71,6 +86,8 @@ class RowScorer:
             indexed = trainer._prepare_dataset(
                 indexed, trainer.processing_class, trainer.args, False, trainer._formatting_func, "scored"
             )
+        if "input_ids" not in indexed.column_names:
+            raise ValueError("Only rows that are tokenized before the data collator can be scored.")
         positions = read_sample_indices(indexed)
         # Rows of similar length share a batch; the longest first, so that memory runs out at once or not at all
         lengths = pa.compute.list_value_length(
@@ -89,7 +106,8 @@ class RowScorer:
             for start in range(0, len(order), self.batch_size):
                 batch_rows = order[start : start + self.batch_size]
                 examples = [
-                    {"input_ids": row["input_ids"], "labels": row["labels"]} for row in indexed.select(batch_rows)
+                    {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
+                    for row in indexed.select(batch_rows)
                 ]
                 for name, values in self._score_batch(
                     trainer._prepare_inputs(trainer.data_collator(examples))
@@ -113,7 +131,7 @@ class RowScorer:
         return scores
 
     def _losses(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.accelerator.autocast():
             outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)
         return row_losses(outputs.log_probs, outputs.label_mask).mean  # (B,)
 
@@ -133,74 +151,121 @@ def score_dataset(
     Args:
         scorer ([`RowScorer`]): scores a chunk.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows in the format that was trained on.
-        output_dir (`str` or `os.PathLike`, *optional*): where each chunk is written as soon as it is scored. A second
-            call goes on after the chunks that are there. Needed for an `IterableDataset`, which never fits in memory.
+        output_dir (`str` or `os.PathLike`, *optional*): where the chunks are written, see [`score_to_files`]. Needed
+            for a stream.
         chunk_size (`int`): rows per chunk.
 
     Returns:
         `datasets.Dataset`: the rows with the columns that [`RowScorer.score`] adds, read from `output_dir` if given.
 
     Raises:
-        `ValueError`: for a streamed dataset without `output_dir`, a column that scoring adds itself, an empty dataset,
-            or chunks in `output_dir` that belong to another model or another chunk size.
+        `ValueError`: as [`score_to_files`], and for a stream without `output_dir`.
     """
-    if output_dir is None and not isinstance(dataset, Dataset):
+    if output_dir is not None:
+        return Dataset.from_parquet([str(path) for path in score_to_files(scorer, dataset, output_dir, chunk_size)])
+    if not isinstance(dataset, Dataset):
         raise ValueError("Streamed rows are written as they are scored: give `output_dir`.")
+    _check_dataset(dataset, chunk_size)
+    chunks = _chunks_of_dataset(dataset, chunk_size, done=lambda number: False)
+    return Dataset(pa.concat_tables([table for _, table in _score_chunks(scorer, chunks, len(dataset))]))
+
+
+def score_to_files(
+    scorer: RowScorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike, chunk_size: int
+) -> list[Path]:
+    """
+    Score every row and write each chunk as soon as it is scored; a second call goes on after those that are there.
+
+    Args:
+        scorer, dataset, output_dir, chunk_size: see [`score_dataset`].
+
+    Returns:
+        `list[pathlib.Path]`: Parquet files in the order of the rows.
+
+    Raises:
+        `ValueError`: for a column that scoring adds itself, an empty dataset, rows that do not fit the columns of the
+            first chunk, or an `output_dir` that belongs to another model, dataset or chunk size.
+    """
+    _check_dataset(dataset, chunk_size)
+    folder = Path(output_dir)
+    _check_manifest(
+        folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
+    )
+
+    def done(number: int) -> bool:
+        return _chunk_path(folder, number).is_file()
+
+    if isinstance(dataset, Dataset):
+        chunks, total = _chunks_of_dataset(dataset, chunk_size, done), len(dataset)
+    else:
+        chunks, total = _chunks_of_stream(dataset, chunk_size, done, _chunk_path(folder, 0)), None
+    for number, table in _score_chunks(scorer, chunks, total):
+        path = _chunk_path(folder, number)
+        partial = path.with_suffix(".partial")
+        pa.parquet.write_table(table, partial)
+        os.replace(partial, path)
+    return sorted(folder.glob("scored-*.parquet"))
+
+
+def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
-    taken = sorted(set(SCORE_COLUMNS) & set(dataset.column_names or ()))
+    if not list(dataset.take(1)):
+        raise ValueError("The dataset is empty, so there is nothing to score.")
+    taken = sorted(set(SCORE_COLUMNS) & set(next(iter(dataset))))
     if taken:
         raise ValueError(
             f"The dataset already has the columns {taken}, which scoring adds. Drop or rename them first."
         )
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        _check_manifest(folder, {"model": scorer.fingerprint(), "chunk_size": chunk_size})
-    total = len(dataset) if isinstance(dataset, Dataset) else None
-    done = (lambda number: False) if folder is None else (lambda number: _chunk_path(folder, number).is_file())
 
-    tables: list[pa.Table] = []
+
+def _score_chunks(scorer: RowScorer, chunks: Iterator[_Chunk], total: int | None) -> Iterator[tuple[int, pa.Table]]:
     had_progress_bars = not are_progress_bars_disabled()
     disable_progress_bars()  # of the preparation of every single chunk
     try:
         with tqdm(total=total, unit="row", desc="Scoring") as progress:
-            for chunk in _chunks(dataset, chunk_size, done):
-                progress.update(chunk.start - progress.n)
-                scores = scorer.score(chunk.rows)
-                plain = chunk.rows.with_format(None)
-                table = plain.data.table if plain._indices is None else plain.flatten_indices().data.table
-                for name, values in scores.items():
+            for chunk in chunks:
+                progress.update(chunk.start - progress.n)  # chunks that were there
+                plain = chunk.rows.with_format(None).flatten_indices()
+                table = plain.data.table
+                for name, values in scorer.score(chunk.rows).items():
                     table = table.append_column(name, pa.array(values))
-                if folder is None:
-                    tables.append(table)
-                else:
-                    _write_chunk(table, _chunk_path(folder, chunk.number))
+                yield chunk.number, table
                 progress.update(len(chunk.rows))
     finally:
         if had_progress_bars:
             enable_progress_bars()
-    if folder is None:
-        if not tables:
-            raise ValueError("The dataset is empty, so there is nothing to score.")
-        return Dataset(pa.concat_tables(tables))
-    files = sorted(str(path) for path in folder.glob("scored-*.parquet"))
-    if not files:
-        raise ValueError("The dataset is empty, so there is nothing to score.")
-    return Dataset.from_parquet(files)
 
 
-def _chunks(dataset: Dataset | IterableDataset, chunk_size: int, done: Callable[[int], bool]) -> Iterator[_Chunk]:
-    if isinstance(dataset, Dataset):
-        for number, start in enumerate(range(0, len(dataset), chunk_size)):
-            if not done(number):
-                yield _Chunk(number, start, dataset.select(range(start, min(start + chunk_size, len(dataset)))))
-        return
+def _chunks_of_dataset(dataset: Dataset, chunk_size: int, done: Callable[[int], bool]) -> Iterator[_Chunk]:
+    for number, start in enumerate(range(0, len(dataset), chunk_size)):
+        if not done(number):
+            yield _Chunk(number, start, dataset.select(range(start, min(start + chunk_size, len(dataset)))))
+
+
+def _chunks_of_stream(
+    dataset: IterableDataset, chunk_size: int, done: Callable[[int], bool], first_file: Path
+) -> Iterator[_Chunk]:
+    features = dataset.features
     number = 0
     while done(number):
         number += 1
-    stream: Iterable[dict[str, Any]] = iter(dataset.skip(number * chunk_size))
+    if features is None and number:
+        stored = Features.from_arrow_schema(pa.parquet.read_schema(first_file))
+        features = Features({name: kind for name, kind in stored.items() if name not in SCORE_COLUMNS})
+    stream = iter(dataset.skip(number * chunk_size))
     while rows := list(islice(stream, chunk_size)):
-        yield _Chunk(number, number * chunk_size, Dataset.from_list(rows, features=dataset.features))
+        names = dict.fromkeys(features or (name for row in rows for name in row))
+        rows = [{**dict.fromkeys(names), **row} for row in rows]  # a key that a row lacks is empty there
+        try:
+            chunk = Dataset.from_list(rows, features=features)
+        except (pa.ArrowInvalid, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Rows {number * chunk_size} to {number * chunk_size + len(rows)} do not fit the columns of the first "
+                f"chunk ({error}). Give the stream its features: `dataset.cast(Features(...))`."
+            ) from error
+        features = chunk.features
+        yield _Chunk(number, number * chunk_size, chunk)
         number += 1
 
 
@@ -208,21 +273,24 @@ def _chunk_path(folder: Path, number: int) -> Path:
     return folder / f"scored-{number:06d}.parquet"
 
 
-def _write_chunk(table: pa.Table, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    pa.parquet.write_table(table, partial)
-    os.replace(partial, path)
+def _fingerprint_rows(dataset: Dataset | IterableDataset) -> str:
+    """Of the first row, and for a dataset of the number of rows and the last one too."""
+    marks = [next(iter(dataset))]
+    if isinstance(dataset, Dataset):
+        marks += [len(dataset), dataset[-1]]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Chunks of another model or another size must not be mixed with new ones."""
+    """Chunks of another model, of other rows or of another size must not be mixed with new ones."""
     path = folder / _MANIFEST_NAME
     if path.is_file():
         found = json.loads(path.read_text())
-        if found != manifest:
+        differing = sorted(name for name in manifest if found.get(name) != manifest[name])
+        if differing:
             raise ValueError(
-                f"{folder} holds scores of another model or with another chunk size ({found}, now {manifest}). Choose "
-                "another `output_dir`, or delete it."
+                f"{folder} holds scores with another {', '.join(differing)} ({found}, now {manifest}). Choose another "
+                "`output_dir`, or delete it."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

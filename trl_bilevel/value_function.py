@@ -7,15 +7,18 @@ With a PEFT adapter theta-hat is a second set of values for the adapter's parame
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+
+logger = get_logger(__name__)
 
 VALUE_FUNCTION_FILE_NAME = "_value_function.safetensors"
 """In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`."""
@@ -30,22 +33,39 @@ class ValueFunction:
     again. So whatever saves, merges, evaluates or generates with the model sees the user's adapter only.
 
     Args:
-        parameters (`dict[str, torch.nn.Parameter]`): the model's trained parameters by name; theta-hat starts with
-            their values.
+        model (`torch.nn.Module`): holds the parameters.
+        names (`list[str]`): of the model's trained parameters; theta-hat starts with their values.
         make_optimizer (`Callable`): builds the optimizer of a list of parameters.
         max_grad_norm (`float`): the gradient is clipped to this norm; 0 for no clipping.
     """
 
     def __init__(
         self,
-        parameters: dict[str, torch.nn.Parameter],
+        model: torch.nn.Module,
+        names: list[str],
         make_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
         max_grad_norm: float,
     ):
-        self._models = parameters
-        self._own = {name: torch.nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
+        self._model = model
+        self._models = self._find_parameters(names)
+        self._own = {name: torch.nn.Parameter(value.detach().clone()) for name, value in self._models.items()}
         self._optimizer = make_optimizer(list(self._own.values()))
         self._max_grad_norm = max_grad_norm
+
+    def _find_parameters(self, names: Iterable[str]) -> dict[str, torch.nn.Parameter]:
+        parameters = dict(self._model.named_parameters())
+        return {name: parameters[name] for name in names}
+
+    def rebind(self) -> None:
+        """
+        Find the model's parameters again.
+
+        PEFT replaces them, also in another precision, when it loads a checkpoint; values can only be swapped between
+        tensors of one precision on one device.
+        """
+        self._models = self._find_parameters(self._own)
+        for name, parameter in self._models.items():
+            self._own[name].data = self._own[name].data.to(parameter.device, parameter.dtype)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -81,11 +101,15 @@ class ValueFunction:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """theta-hat, by the names of the model's parameters."""
+        return {name: value.detach() for name, value in self._own.items()}
+
     def save(self, directory: str | os.PathLike) -> None:
         """Write theta-hat to `_value_function.safetensors` in an existing directory, whole or not at all."""
         path = Path(directory) / VALUE_FUNCTION_FILE_NAME
         partial = path.with_suffix(".partial")
-        save_file({name: value.detach().contiguous() for name, value in self._own.items()}, partial)
+        save_file({name: value.contiguous() for name, value in self.state().items()}, partial)
         os.replace(partial, path)
 
     def load(self, directory: str | os.PathLike) -> None:
@@ -109,6 +133,7 @@ class ValueFunction:
         shapes = {name: value.shape for name, value in values.items()}
         if shapes != {name: value.shape for name, value in self._own.items()}:
             raise ValueError(f"{path} was written for another adapter: its parameters are {sorted(shapes)[:2]}, ...")
+        self.rebind()
         with torch.no_grad():
             for name, value in values.items():
                 self._own[name].copy_(value)
@@ -120,6 +145,10 @@ class ValueFunction:
     def load_optimizer(self, directory: str | os.PathLike) -> None:
         """Restore what `save_optimizer` wrote."""
         path = Path(directory) / OPTIMIZER_FILE_NAME
+        if not path.is_file():
+            # As Trainer does for the model's own optimizer, after `save_only_model`
+            logger.warning(f"{path} does not exist: the value function's optimizer starts anew.")
+            return
         self._optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -128,16 +157,23 @@ def load_value_function(directory: str | os.PathLike, model: torch.nn.Module) ->
     path = Path(directory) / VALUE_FUNCTION_FILE_NAME
     if not path.is_file():
         return None
-    parameters = dict(model.named_parameters())
+    known = {name for name, _ in model.named_parameters()}
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
-    missing = [name for name in names if name not in parameters]
+    missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{path} was written for another adapter: the model has no parameter {missing[0]!r}.")
     # Nothing is trained here: any optimizer will do
-    value_function = ValueFunction({name: parameters[name] for name in names}, torch.optim.SGD, max_grad_norm=0.0)
+    value_function = ValueFunction(model, names, torch.optim.SGD, max_grad_norm=0.0)
     value_function.load(directory)
     return value_function
+
+
+def fits_other_parameters(optimizer_class: Any, options: dict[str, Any]) -> bool:
+    """Whether an optimizer can be built for other parameters than the model's, and needs no mode of its own."""
+    return (
+        not {"params", "model", "optimizer_dict"} & options.keys() and "ScheduleFree" not in optimizer_class.__name__
+    )
 
 
 def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay: float, name: str) -> Callable:
@@ -152,9 +188,9 @@ def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay:
     Raises:
         `ValueError`: for optimizers that are tied to the model's own parameters.
     """
-    if {"params", "model", "optimizer_dict"} & options.keys():
+    if not fits_other_parameters(optimizer_class, options):
         raise ValueError(
             f"`optim={name!r}` works on the layers of one model and cannot fit the value function's adapter too. Use "
             "another optimizer, for instance 'adamw_torch', or `value_function='none'`."
         )
-    return lambda parameters: optimizer_class(parameters, **options, weight_decay=weight_decay)
+    return lambda parameters: optimizer_class(parameters, **{"weight_decay": weight_decay, **options})

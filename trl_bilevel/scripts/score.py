@@ -28,7 +28,7 @@ class ScoreArguments:
         dataset_name (`str`): the rows to score: a name on the Hub, a local folder or a file.
         dataset_config (`str`, *optional*): its configuration.
         dataset_split (`str`): its split, `train` by default.
-        dataset_streaming (`bool`): read the rows as a stream, for a dataset that does not fit on the disk.
+        dataset_streaming (`bool`): read the rows as a stream, without a copy of them in the cache.
         output_dir (`str`): where the scored rows go.
         batch_size (`int`): rows per forward pass.
         chunk_size (`int`): rows per output file.
@@ -53,23 +53,27 @@ class ScoreArguments:
 
 def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     from datasets import Dataset
+    from pyarrow import parquet
     from trl import SFTConfig, SFTTrainer, get_quantization_config
 
     from trl_bilevel.amortized_selector import load_amortized_selector
     from trl_bilevel.dataset_loading import load_split
     from trl_bilevel.run_settings import read_row_options
-    from trl_bilevel.scoring import RowScorer, score_dataset
+    from trl_bilevel.scoring import RowScorer, score_to_files
     from trl_bilevel.value_function import load_value_function
 
     row_options = read_row_options(args.run_dir)
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, streaming=args.dataset_streaming)
+    first_rows = list(dataset.take(1))
+    if not first_rows:
+        raise ValueError(f"The dataset {args.dataset_name} is empty, so there is nothing to score.")
     model, tokenizer = _load_model(args.run_dir, model_args, get_quantization_config(model_args))
     with tempfile.TemporaryDirectory() as scratch:
         # Prepares rows as the run did; it is never trained
         trainer = SFTTrainer(
             model,
             SFTConfig(scratch, **row_options, bf16=False, gradient_checkpointing=None, report_to="none"),
-            train_dataset=Dataset.from_list(list(dataset.take(1))),
+            train_dataset=Dataset.from_list(first_rows),
             processing_class=tokenizer,
         )
         scorer = RowScorer(
@@ -78,8 +82,9 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
             load_amortized_selector(args.run_dir),
             args.batch_size,
         )
-        scored = score_dataset(scorer, dataset, args.output_dir, args.chunk_size)
-    print(f"{len(scored):,} scored rows in {args.output_dir}")
+        files = score_to_files(scorer, dataset, args.output_dir, args.chunk_size)
+    num_rows = sum(parquet.read_metadata(file).num_rows for file in files)
+    print(f"{num_rows:,} scored rows in {args.output_dir}")
 
 
 def _load_model(run_dir: str, model_args: ModelConfig, quantization_config: Any) -> tuple[Any, Any]:
