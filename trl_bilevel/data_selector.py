@@ -423,7 +423,7 @@ class DataSelector:
         self._refreshed_total = self._total
 
 
-def _slices(length: int, size: int = 1_000_000) -> Iterator[slice]:
+def _slices(length: int, size: int = 100_000) -> Iterator[slice]:
     """Walk over many rows in pieces, so that float64 copies of them stay small."""
     return (slice(start, start + size) for start in range(0, length, size))
 
