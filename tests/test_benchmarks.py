@@ -99,7 +99,7 @@ def test_planted_faults_runs_every_method_once_and_prints_the_tables(tmp_path, c
         assert f"│ {method} " in printed
     files = sorted((tmp_path / "seed3").glob("*.json"))
     assert len(files) == len(benchmark.METHODS)
-    result = json.loads((tmp_path / "seed3" / "1 epochs, BDS, value function.json").read_text())
+    result = json.loads((tmp_path / "seed3" / "1 epochs, BDS (all defaults).json").read_text())
     assert 0 <= result["auroc"] <= 1
     before = [file.stat().st_mtime_ns for file in files]
     benchmark.main(args)  # nothing is missing: nothing is trained
