@@ -104,6 +104,23 @@ def prompt_completion_rows(num_rows: int, offset: int = 0) -> Dataset:
     )
 
 
+def left_padding_collator(pad_token_id: int) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """Pads on the left, with positions that do not count the padding."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
+        for row in rows:
+            padding = longest - len(row["input_ids"])
+            batch["input_ids"].append([pad_token_id] * padding + row["input_ids"])
+            batch["labels"].append([-100] * padding + row["labels"])
+            batch["attention_mask"].append([0] * padding + [1] * len(row["input_ids"]))
+            batch["position_ids"].append([0] * padding + list(range(len(row["input_ids"]))))
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+    return collate
+
+
 @pytest.fixture
 def train_dataset() -> Dataset:
     return prompt_completion_rows(24)

@@ -49,6 +49,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         "weights": trainer.data_selector.weights(),
         "parameters": {name: value.detach().clone() for name, value in trainer.model.named_parameters()},
         "logs": trainer.state.log_history,
+        "responses": trainer.response_store.table().to_pylist(),
     }
     torch.save(result, Path(output_dir) / f"result-{trainer.accelerator.process_index}.pt")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prompt_completion_rows
+from conftest import left_padding_collator, prompt_completion_rows
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -112,21 +112,6 @@ def _record_updates(trainer):
     return seen
 
 
-def _left_padding_collator(pad_token_id):
-    def collate(rows):
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": [], "attention_mask": [], "labels": [], "position_ids": []}
-        for row in rows:
-            padding = longest - len(row["input_ids"])
-            batch["input_ids"].append([pad_token_id] * padding + row["input_ids"])
-            batch["labels"].append([-100] * padding + row["labels"])
-            batch["attention_mask"].append([0] * padding + [1] * len(row["input_ids"]))
-            batch["position_ids"].append([0] * padding + list(range(len(row["input_ids"]))))
-        return {name: torch.tensor(values) for name, values in batch.items()}
-
-    return collate
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -145,7 +130,7 @@ def test_every_row_keeps_its_own_loss(make_trainer, build_model, tokenizer, trai
         model=build_model(family),
         processing_class=tokenizer,
         train_dataset=rows,
-        data_collator=_left_padding_collator(tokenizer.pad_token_id) if padding == "left" else None,
+        data_collator=left_padding_collator(tokenizer.pad_token_id) if padding == "left" else None,
         learning_rate=0.0,
         max_steps=-1,
         num_train_epochs=2,

@@ -37,6 +37,7 @@ def _rows() -> WeightedRows:
     return WeightedRows(
         weights=torch.tensor([0.5, 2.0, 1.0]),
         kept=torch.tensor([False, True, True]),
+        shares=torch.ones(3),
         num_training_tokens=torch.tensor([7, 2, 3]),
         num_validation_tokens=torch.tensor([4, 6]),
     )
@@ -61,10 +62,7 @@ def test_row_objective_is_the_mean_of_row_means():
 @pytest.mark.parametrize("normalization", ["token", "row"])
 def test_micro_batches_add_up_to_the_whole_step(normalization):
     rows = _rows()
-    parts = [
-        WeightedRows(rows.weights[:1], rows.kept[:1], rows.num_training_tokens[:1], rows.num_validation_tokens[:1]),
-        WeightedRows(rows.weights[1:], rows.kept[1:], rows.num_training_tokens[1:], rows.num_validation_tokens[1:]),
-    ]
+    parts = [WeightedRows(*(values[part] for values in rows)) for part in (slice(None, 1), slice(1, None))]
     sizes = [objective_size(part, normalization) for part in parts]
     total = ObjectiveSize(*(sum(values) for values in zip(*sizes, strict=True)))
     assert total == objective_size(rows, normalization)

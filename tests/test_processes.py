@@ -23,6 +23,17 @@ def _train(folder: Path, options: dict, num_processes: int, per_device_batch_siz
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
+REFINE = {
+    "refine_ratio": 0.75,
+    "refine_start_step": 0,
+    "refine_every_steps": 3,
+    "num_refined_responses": 2,
+    "refine_max_new_tokens": 6,
+    "refine_batch_size": 5,
+    "refine_discard_flawed": False,
+}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -36,6 +47,7 @@ def _train(folder: Path, options: dict, num_processes: int, per_device_batch_siz
             "loss_normalization": "row",
             "filter_ratio": 0.0,
         },
+        REFINE,
     ],
 )
 def test_two_processes_equal_one(tmp_path, options):
@@ -48,3 +60,10 @@ def test_two_processes_equal_one(tmp_path, options):
     for name in ("loss", "validation_loss", "training_loss", "num_tokens", "selector/filtered_ratio"):
         values = [[entry[name] for entry in run["logs"] if name in entry] for run in (one, first)]
         assert values[1] == pytest.approx(values[0], abs=1e-5), name
+    if options is REFINE:
+        for responses in (first["responses"], second["responses"]):
+            assert len(responses) == len(one["responses"]) >= 2 * 18
+            for response, expected in zip(responses, one["responses"], strict=True):
+                assert response.pop("log_probs") == pytest.approx(expected["log_probs"], abs=1e-4)
+                assert response.pop("weight") == pytest.approx(expected["weight"], abs=1e-4)
+                assert response.items() <= expected.items()

@@ -8,16 +8,32 @@ if TYPE_CHECKING:
     from .bilevel_sft_config import BilevelSFTConfig
     from .bilevel_sft_trainer import BilevelSFTTrainer
     from .data_selector import DataSelector
+    from .refinement_config import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
+    from .self_refining_callback import SelfRefiningCallback
+    from .self_refining_collator import SelfRefiningCollator
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["BilevelSFTConfig", "BilevelSFTTrainer", "DataSelector", "__version__"]
+__all__ = [
+    "IMPROVE_ANSWER_TEMPLATE",
+    "BilevelSFTConfig",
+    "BilevelSFTTrainer",
+    "DataSelector",
+    "RefinementConfig",
+    "SelfRefiningCallback",
+    "SelfRefiningCollator",
+    "__version__",
+]
 
 _MODULES = {
     "BilevelSFTConfig": "bilevel_sft_config",
     "BilevelSFTTrainer": "bilevel_sft_trainer",
     "DataSelector": "data_selector",
+    "IMPROVE_ANSWER_TEMPLATE": "refinement_config",
+    "RefinementConfig": "refinement_config",
+    "SelfRefiningCallback": "self_refining_callback",
+    "SelfRefiningCollator": "self_refining_collator",
 }
 
 

@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from .data_selector import SelectorOptimizer, ValueFunctionRows
 from .losses import LossNormalization
+from .refinement_config import RefinementConfig, check_refinement
 from .selector_updates import SelectorActivation
 
 
@@ -17,9 +18,10 @@ ValueFunctionType = Literal["none", "adapter"]
 
 
 @dataclass
-class BilevelSFTConfig(SFTConfig):
+class BilevelSFTConfig(RefinementConfig, SFTConfig):
     r"""
-    Configuration of the [`BilevelSFTTrainer`]: every option of [`~trl.SFTConfig`], and those of data selection.
+    Configuration of the [`BilevelSFTTrainer`]: every option of [`~trl.SFTConfig`], those of data selection, and those
+    of self-refining generation, which [`~trl_bilevel.refinement_config.RefinementConfig`] describes.
 
     Parameters:
         > Parameters that control the upper level
@@ -212,7 +214,8 @@ class BilevelSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.gradient_checkpointing is None and self.activation_checkpointing is None:
             self.activation_checkpointing = True
-        super().__post_init__()
+        SFTConfig.__post_init__(self)
+        check_refinement(self)
         _check_choice("selection_method", self.selection_method, get_args(SelectionMethod))
         if self.selector_activation is not None:
             _check_choice("selector_activation", self.selector_activation, get_args(SelectorActivation))

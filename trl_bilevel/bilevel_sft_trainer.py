@@ -1,12 +1,16 @@
 """The bilevel step, inside TRL's training loop."""
 
+import math
 import os
+import secrets
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
@@ -28,6 +32,7 @@ from .dataset_checks import (
     warn_about_shared_rows,
 )
 from .paired_batches import (
+    OPTIMIZER_STEP,
     SAMPLE_INDEX_COLUMN,
     PairedCollator,
     PairedDataset,
@@ -37,9 +42,16 @@ from .paired_batches import (
     read_sample_indices,
 )
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
+from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
+from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
+from .refined_responses import ResponseStore
+from .refinement import Refiner, model_log_probs
+from .response_checks import RewardFunc, check_reward_funcs
+from .response_generation import ResponseGenerator, TransformersGenerator, VLLMGenerator, ready_to_generate
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
+from .self_refining_collator import SelfRefiningCollator
 from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 
@@ -47,6 +59,7 @@ from .value_function import ValueFunction, fits_other_parameters, optimizer_make
 logger = get_logger(__name__)
 
 _EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and sigmoid weights saturate
+_PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
 _PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
@@ -80,6 +93,9 @@ class BilevelSFTTrainer(BilevelStep):
         data_selector ([`DataSelector`] or `str`, *optional*):
             Weights to start from, joined by sample id: a selector of another run, for instance of a smaller model, or
             what [`DataSelector.from_pretrained`] reads. With `selector_learning_rate=0` they stay as they are.
+        reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            With `refine_ratio` above 0, decide which refined responses are used: functions as
+            [`~trl.GRPOTrainer`] takes them, of `prompts`, `completions` and the dataset's columns.
 
     Raises:
         `ValueError` or `TypeError`: for datasets or options that cannot work, before training starts.
@@ -117,6 +133,7 @@ class BilevelSFTTrainer(BilevelStep):
         *sft_args: Any,
         validation_dataset: Any = None,
         data_selector: DataSelector | str | os.PathLike | None = None,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         **sft_kwargs: Any,
     ):
         if args is None:
@@ -135,6 +152,14 @@ class BilevelSFTTrainer(BilevelStep):
                 "`data_selector` has no effect with `selection_method='bmo'`, whose weights are computed anew at "
                 "every step. Leave it out, or use `selection_method='bds'`."
             )
+        if isinstance(data_collator, SelfRefiningCollator):
+            raise ValueError(
+                "BilevelSFTTrainer puts refined responses in by itself. Set `refine_ratio`, and pass as "
+                "`data_collator` what you gave to the `SelfRefiningCollator`, or nothing."
+            )
+        if reward_funcs is not None and args.refine_ratio == 0:
+            raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
+        reward_funcs = check_reward_funcs(reward_funcs)
         num_validation = len(validation_dataset)
 
         super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
@@ -195,6 +220,14 @@ class BilevelSFTTrainer(BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
+        self.response_store = ResponseStore(self._responses_folder / "none")
+        self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
+        self._rows_to_refine = np.zeros(len(train_dataset), dtype=bool)
+        self._rows_to_refine[read_sample_indices(self.train_dataset)] = True
+        # Batches that are collated before the answers of a refresh are there: those that the workers hold, and one
+        # that accelerate fetches ahead
+        num_ahead = 1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or _PREFETCH_FACTOR)
+        self._refresh_delay = math.ceil(num_ahead / args.gradient_accumulation_steps)
 
     def _refuse_unsupported_setup(self) -> None:
         if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -255,10 +288,66 @@ class BilevelSFTTrainer(BilevelStep):
         make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
         return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
 
+    @property
+    def _responses_folder(self) -> Path:
+        return Path(self.args.output_dir) / RESPONSES_FOLDER_NAME
+
+    def _build_refiner(self, reward_funcs: list[RewardFunc]) -> Refiner:
+        args = self.args
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "`refine_ratio` is not supported with DeepSpeed or FSDP yet: a process cannot generate with a model "
+                "that is spread over others. Use plain data parallelism, or `refine_ratio=0`."
+            )
+        rows = self._source_dataset.with_format(None)
+        reader = QuestionReader(rows, self._tokenizer, self.chat_template, args.refine_prompt_template)
+        check_refinable(reader, self._formatting_func is not None)
+        stop_ids = stop_token_ids(
+            self._tokenizer, self.model.generation_config.eos_token_id, self.chat_template, rows[0]
+        )
+        batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
+        generator: ResponseGenerator
+        if args.use_vllm:
+            generator = VLLMGenerator(self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size)
+        else:
+            generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args)
+        return Refiner(
+            args,
+            reader,
+            generator,
+            self._generation_log_probs,
+            self._tokenizer,
+            stop_ids,
+            reward_funcs,
+            args.max_length,
+            batch_size,
+            args.seed,
+            show_progress=not args.disable_tqdm,
+        )
+
+    def _generation_log_probs(self, examples: list[dict[str, list[int]]]) -> list[list[float]]:
+        """Of labelled tokens under the model as it is now, by the forward pass of training."""
+        with ready_to_generate(self.model):
+            return model_log_probs(
+                examples,
+                self.data_collator,
+                lambda batch: self._forward(self.model, self._prepare_inputs(batch))[0],
+                batch_size=self.args.per_device_train_batch_size + self.validation_batch_size,
+            )
+
     def _optimizer_recipe(self) -> tuple[Any, dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
             return self.optimizer_cls_and_kwargs
         return self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.refiner is not None:
+            # Responses are known by the step they were made at, so every training has a folder of its own; going on
+            # from a checkpoint replaces it
+            run = [secrets.token_hex(4)]
+            broadcast_object_list(run)
+            self.response_store.go_on_as(ResponseStore(self._responses_folder / run[0]))
+        return super().train(*args, **kwargs)
 
     # ---- Data: training and validation rows in one batch ----
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
@@ -299,7 +388,7 @@ class BilevelSFTTrainer(BilevelStep):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if SAMPLE_INDEX_COLUMN not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, SAMPLE_INDEX_COLUMN, REFERENCE_NLL]
+            self._signature_columns = [*self._signature_columns, SAMPLE_INDEX_COLUMN, OPTIMIZER_STEP, REFERENCE_NLL]
 
     def get_train_dataloader(self) -> DataLoader:
         training, validation = self.train_dataset, self.validation_dataset
@@ -308,7 +397,12 @@ class BilevelSFTTrainer(BilevelStep):
             if self.args.validation_loss_type == "nll":
                 validation = self._remove_unused_columns(validation, description="validation")
         # Trainer builds its dataloaders with `self.data_collator`, which evaluation needs as it is
-        collator, self.data_collator = self.data_collator, PairedCollator(self.data_collator)
+        self_refining = None
+        if self.refiner is not None:
+            self_refining = SelfRefiningCollator(self.data_collator)
+            self_refining.store = self.response_store
+        collator = self.data_collator
+        self.data_collator = PairedCollator(collator, self_refining, self._refresh_delay)
         try:
             return self._get_dataloader(
                 dataset=PairedDataset(training, validation),
@@ -331,8 +425,15 @@ class BilevelSFTTrainer(BilevelStep):
             ValidationStream(len(dataset.validation), seed),
             training_batch_size=self.args.per_device_train_batch_size,
             validation_batch_size=self.validation_batch_size,
+            batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
+            steps_per_epoch=self._steps_per_epoch(len(sampler)),
         )
         return dataset.sampler
+
+    def _steps_per_epoch(self, num_rows: int) -> int:
+        round_batches = math.floor if self.args.dataloader_drop_last else math.ceil
+        num_batches = round_batches(num_rows / (self._train_batch_size * self.args.world_size))
+        return max(1, math.ceil(num_batches / self.args.gradient_accumulation_steps))
 
     # ---- Logs ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -343,6 +444,8 @@ class BilevelSFTTrainer(BilevelStep):
                 metrics["num_tokens"] = self._total_train_tokens
                 if not self.aux_loss_enabled:
                     del metrics["aux_loss"]
+                if self.refiner is None:
+                    del metrics["refine/row_ratio"]
                 if self.args.validation_loss_type != "dpo":
                     metrics = {name: value for name, value in metrics.items() if not name.startswith("rewards/")}
                 metrics["validation_weight"] = self._step_validation_weight
@@ -362,8 +465,9 @@ class BilevelSFTTrainer(BilevelStep):
             keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps and scores all.
 
         Returns:
-            `datasets.Dataset`: the columns of `train_dataset` unchanged, then `sample_id`, `weight`, `rank`, `scored`
-            and `response_source`, see [`~trl_bilevel.curation.curate_dataset`].
+            `datasets.Dataset`: the columns of `train_dataset` unchanged but for refined answers, then `sample_id`,
+            `weight`, `rank`, `scored` and `response_source`; with refinement also `original_completion` and
+            `refined_responses`. See [`~trl_bilevel.curation.curate_dataset`].
 
         Raises:
             `ValueError`: if `keep_ratio` is out of range.
@@ -375,6 +479,7 @@ class BilevelSFTTrainer(BilevelStep):
             scores=self.data_selector.logits.numpy(),
             scored=self.data_selector.scored.numpy(),
             keep_ratio=keep_ratio,
+            responses=None if self.refiner is None else self.response_store.table(),
         )
 
     def score(
@@ -435,6 +540,8 @@ class BilevelSFTTrainer(BilevelStep):
             for part in (self.value_function, self.amortized_selector):
                 if part is not None:
                     part.save(directory)
+            if self.refiner is not None:
+                self.response_store.save(directory)
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
@@ -444,6 +551,9 @@ class BilevelSFTTrainer(BilevelStep):
             if part is not None:
                 part.load(self.state.best_model_checkpoint)
         self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
+        if self.refiner is not None:
+            best = ResponseStore.load(self.state.best_model_checkpoint, self._responses_folder)
+            self.response_store.go_on_as(best)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -456,6 +566,8 @@ class BilevelSFTTrainer(BilevelStep):
             self.value_function.rebind()
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
+            if self.refiner is not None:
+                self.response_store.go_on_as(ResponseStore.load(checkpoint, self._responses_folder))
             if self.amortized_selector is not None:
                 self.amortized_selector.load(checkpoint)
             if self.value_function is not None:

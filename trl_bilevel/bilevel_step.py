@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from trl import SFTTrainer
@@ -14,12 +15,15 @@ from .losses import (
     RowLosses,
     closed_form_log_weights,
     filter_threshold,
+    importance_ratios,
     preference_losses,
     row_losses,
     validation_weight_at,
 )
-from .paired_batches import SAMPLE_INDICES
+from .paired_batches import REFINED_SPANS, ROW_OF_SEQUENCE, SAMPLE_INDICES
 from .preference_pairs import REFERENCE_NLL
+from .refined_responses import ResponseStore
+from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 from .value_function import ValueFunction
@@ -32,9 +36,10 @@ class BilevelStep(SFTTrainer):
     """
     The two levels of one optimizer step, for [`BilevelSFTTrainer`], which prepares what they work on.
 
-    In the order of events: [`get_batch_samples`] looks up how much each row counts; [`compute_loss`] is the model's
-    level, one forward pass over training and validation rows; [`training_step`] goes on after the backward pass, with
-    the value function where there is one, and ends with the selector's level.
+    In the order of events: [`get_batch_samples`] has answers regenerated where that is due, and looks up how much each
+    row counts; [`compute_loss`] is the model's level, one forward pass over training and validation rows;
+    [`training_step`] goes on after the backward pass, with the value function where there is one, and ends with the
+    selector's level.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step
@@ -44,6 +49,10 @@ class BilevelStep(SFTTrainer):
     data_selector: DataSelector
     value_function: ValueFunction | None
     amortized_selector: AmortizedSelector | None
+    refiner: Refiner | None
+    response_store: ResponseStore
+    _rows_to_refine: np.ndarray
+    _refresh_delay: int
     _training_metrics: TrainingMetrics
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -64,7 +73,10 @@ class BilevelStep(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """Once per optimizer step: how much each row of its micro-batches counts in the objective."""
+        """Once per optimizer step: maybe new answers, then how much each row counts in the objective."""
+        # Before a batch is fetched: the order of events is the same whether the run was interrupted here or not
+        if self.refiner is not None and self._is_refresh_due():
+            self._refine_answers(self.refiner)
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._start_step(batches)
@@ -79,14 +91,37 @@ class BilevelStep(SFTTrainer):
                 self._weigh_rows(batches, self._closed_form_weights(row_means))
         return batches, num_items_in_batch
 
+    def _is_refresh_due(self) -> bool:
+        step = self.state.global_step
+        reaches_a_batch = step + self._refresh_delay < self.state.max_steps
+        return reaches_a_batch and is_refresh_due(step, self.state.max_steps, self.args)
+
+    def _refine_answers(self, refiner: Refiner) -> None:
+        """Online self-refining generation: the model answers questions whose answers have not proved good."""
+        selector = self.data_selector
+        candidates = Candidates(
+            refinable=self._rows_to_refine & ~selector.proved_good.numpy(),
+            weights=selector.weights().numpy(),
+            scores=selector.logits.numpy(),
+        )
+        responses = refiner.refresh(self.response_store, self.state.global_step, candidates)
+        used = responses.filter(responses.column("used")).column("row").unique()
+        selector.restart(torch.from_numpy(used.to_numpy().copy()))
+        for name, value in refresh_metrics(responses).items():
+            self._metrics["train"][name].append(value)
+
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
         indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
         self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
         self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
-            reference_nll = torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device)
-            batch[STEP_ROWS] = StepRows(len(sample_indices), reference_nll)
+            batch[STEP_ROWS] = StepRows(
+                len(sample_indices),
+                torch.tensor(batch.pop(ROW_OF_SEQUENCE)),
+                batch.pop(REFINED_SPANS),
+                torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
+            )
 
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
@@ -104,7 +139,10 @@ class BilevelStep(SFTTrainer):
         )
         coefficients = self._row_coefficients(batches, weights, threshold=0.0, validation_weight=0.0)
         for batch, batch_coefficients in zip(batches, coefficients, strict=True):
-            batch[STEP_ROWS].value_coefficients = batch_coefficients[: batch[STEP_ROWS].num_training]
+            rows: StepRows = batch[STEP_ROWS]
+            # theta-hat stands for the training rows as they were given
+            is_original = ~rows.is_refined.to(batch_coefficients.device)  # (S,)
+            rows.value_coefficients = batch_coefficients[: rows.num_sequences] * is_original
 
     def _row_coefficients(
         self, batches: list[dict[str, Any]], step_weights: torch.Tensor, threshold: float, validation_weight: float
@@ -132,7 +170,8 @@ class BilevelStep(SFTTrainer):
         inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
         with self.compute_loss_context_manager():
             _, losses = self._forward(self.model_wrapped, inputs)
-        return losses.mean[: batch[STEP_ROWS].num_training].float().cpu()
+        rows: StepRows = batch[STEP_ROWS]
+        return rows.row_means(losses.mean[: rows.num_sequences].float().cpu())
 
     def compute_loss(
         self,
@@ -146,7 +185,6 @@ class BilevelStep(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         rows: StepRows = inputs.pop(STEP_ROWS)
-        num_training = rows.num_training
 
         if self.amortized_selector is None:
             outputs, losses = self._forward(model, inputs)
@@ -154,10 +192,10 @@ class BilevelStep(SFTTrainer):
             with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
                 outputs, losses = self._forward(model, inputs)
             pooled = pool_completions(hidden_states.pop(), inputs["labels"])  # (R, H)
-            self._step_pooled.append(pooled[: rows.num_training].cpu())
+            self._step_pooled.append(rows.row_means(pooled[: rows.num_sequences].cpu()))
         # The one transfer from the device: it serves the check below and the selector's level
-        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = T + V or T + 2P
-        self._step_row_means.append((nll / num_tokens)[: rows.num_training])
+        nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = S + V or S + 2P
+        self._step_row_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
         if rows.coefficients is None:
             weights = self._closed_form_weights(self._step_row_means[-1])
             self._weigh_rows([{"labels": inputs["labels"], STEP_ROWS: rows}], weights)
@@ -170,7 +208,7 @@ class BilevelStep(SFTTrainer):
             inputs = {name: value[staying.to(value.device)] for name, value in inputs.items()}
             outputs, losses = self._forward(model, inputs)
             rows = rows.only(staying)
-        preferences = None
+        preferences, ratios = None, None
         if not finite.any():
             loss = self._zero_loss()
             losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
@@ -180,11 +218,21 @@ class BilevelStep(SFTTrainer):
             )
         else:
             assert rows.coefficients is not None
-            validation_losses = losses.nll[rows.num_training :]  # (V,)
+            objective_nll = losses.nll
+            if rows.num_refined:
+                ratios = importance_ratios(
+                    outputs.log_probs,
+                    outputs.label_mask,
+                    rows.dense_generation_log_probs(outputs.log_probs),
+                    self.args.importance_ratio_clip,
+                    self.args.importance_sampling_level,
+                )
+                objective_nll = row_losses(outputs.log_probs, outputs.label_mask, ratios.ratios).nll
+            validation_losses = losses.nll[rows.num_sequences :]  # (V,)
             if self.args.validation_loss_type == "dpo":
                 preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
                 validation_losses = preferences.losses  # (P,)
-            loss = (rows.coefficients * torch.cat([losses.nll[: rows.num_training], validation_losses])).sum()
+            loss = (rows.coefficients * torch.cat([objective_nll[: rows.num_sequences], validation_losses])).sum()
 
         if self.args.average_tokens_across_devices:
             # The coefficients divide by the tokens of all processes, and DDP averages over processes again
@@ -197,12 +245,13 @@ class BilevelStep(SFTTrainer):
                 losses,
                 outputs.entropy,
                 outputs.is_top1,
-                num_training_rows=rows.num_training if finite.any() else 0,
+                num_training_rows=rows.num_sequences if finite.any() else 0,
                 input_tokens=self._count_input_tokens(inputs),
                 aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
                 preferences=preferences,
+                ratios=ratios,
             ),
-            RowCounts(num_training, rows.num_filtered, num_nonfinite),
+            RowCounts(rows.num_training, rows.num_filtered, num_nonfinite, rows.num_refined),
         )
         return loss
 
@@ -221,13 +270,13 @@ class BilevelStep(SFTTrainer):
         assert rows.value_coefficients is not None
         model = self.accelerator.unwrap_model(self.model)
         training = self._prepare_inputs(
-            {name: value[: rows.num_training] for name, value in inputs.items() if name != STEP_ROWS}
+            {name: value[: rows.num_sequences] for name, value in inputs.items() if name != STEP_ROWS}
         )
-        coefficients = rows.value_coefficients  # (T,)
+        coefficients = rows.value_coefficients  # (S,)
         with value_function.active():
             with self.compute_loss_context_manager():
                 _, losses = self._forward(model, training)
-            self._step_value_means.append(losses.mean.detach().float().cpu())
+            self._step_value_means.append(rows.row_means(losses.mean.detach().float().cpu()))
             finite = losses.nll.detach().isfinite()
             if not finite.all():
                 # Without the broken rows, as in `compute_loss`

@@ -4,9 +4,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN, apply_refined
+
 
 SAMPLE_ID_COLUMN = "sample_id"
-CURATION_COLUMNS = ("weight", "rank", "scored", "response_source")
+CURATION_COLUMNS = ("weight", "rank", "scored", "response_source", ORIGINAL_COLUMN, RESPONSES_COLUMN)
 """Columns that [`curate_dataset`] adds to the user's, besides `sample_id`."""
 
 
@@ -17,18 +19,22 @@ def curate_dataset(
     scores: np.ndarray,
     scored: np.ndarray,
     keep_ratio: float | None = None,
+    responses: pa.Table | None = None,
 ) -> Dataset:
     """
     Add each row's score to its dataset, and keep the best rows.
 
-    The columns of the dataset come first and unchanged, and the rows keep their order. Added are:
+    The columns of the dataset come first, unchanged but for refined answers, and the rows keep their order. Added are:
 
     - `sample_id` (string or int): the row's id, unless the dataset has that column already;
     - `weight` (float): learned weight, mean 1 over all N rows;
     - `rank` (int): 1 for the row of the highest weight, N for the lowest; rows that were not scored come last;
     - `scored` (bool): False for a row whose weight was never updated, because training ended before it was seen, its
       loss was never finite, or truncation left it without completion tokens. Its weight says nothing about it;
-    - `response_source` (string): `"original"`.
+    - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
+    - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
+      were generated for the row, with their step, settings, the question's weight and the mean log-probability per
+      token in nats. See [`~trl_bilevel.refined_rows.apply_refined`].
 
     Args:
         dataset (`datasets.Dataset`): the N training rows as the user passed them.
@@ -39,6 +45,7 @@ def curate_dataset(
         scored (`numpy.ndarray`): bool, shape (N,).
         keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded to whole
             rows, at least one. If `None`, all rows.
+        responses (`pyarrow.Table`, *optional*): refined responses of the run.
 
     Returns:
         `datasets.Dataset`: the rows kept.
@@ -54,11 +61,14 @@ def curate_dataset(
     best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
     rank = np.empty(num_rows, dtype=np.int64)
     rank[best_first] = np.arange(1, num_rows + 1)
+    source_columns = {"response_source": pa.array(["original"] * num_rows)}
+    if responses is not None:
+        dataset, source_columns = apply_refined(dataset.with_format(None), responses)
     columns = {
         "weight": weights.astype(np.float64),
         "rank": rank,
         "scored": scored,
-        "response_source": pa.array(["original"] * num_rows),
+        **source_columns,
     }
     if SAMPLE_ID_COLUMN not in dataset.column_names:
         columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}

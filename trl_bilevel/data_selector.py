@@ -226,6 +226,31 @@ class DataSelector:
         self._scored[row_indices] = True
         self._set_logits(row_indices, logits)
 
+    @property
+    def neutral_logit(self) -> float:
+        """Logit of an answer of which nothing is known yet: of the mean weight, or for the sigmoid of the prior."""
+        if self.activation == "sigmoid":
+            return math.log(self.prior / (1 - self.prior))
+        return self._shift + math.log(self._total / self.num_rows)
+
+    @property
+    def proved_good(self) -> torch.Tensor:
+        """Rows whose answer stands above one of which nothing is known, bool of shape (N,)."""
+        return self.scored & (self.logits > self.neutral_logit)
+
+    def restart(self, row_indices: torch.Tensor) -> None:
+        """
+        Forget what spoke against rows whose answers were replaced: their logits rise to the neutral one.
+
+        Nothing happens where a weight is not the row's own to forget: with sources, or with `learning_rate=0`.
+
+        Args:
+            row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
+        """
+        if self.sources is not None or self.learning_rate == 0 or row_indices.numel() == 0:
+            return
+        self._set_logits(row_indices, self._unit_logits[row_indices].clamp(min=self.neutral_logit))
+
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
         entropy, sum_of_squares, smallest, largest = 0.0, 0.0, math.inf, 0.0

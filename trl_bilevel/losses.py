@@ -1,8 +1,11 @@
 """The losses of the two levels: tensors in, tensors out."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
+
+from .refinement_config import ImportanceSamplingLevel
 
 
 LossNormalization = Literal["token", "row"]
@@ -20,6 +23,17 @@ class RowLosses(NamedTuple):
     def mean(self) -> torch.Tensor:
         """Mean over the row's completion tokens, shape (B,), nats per token; NaN for a row without any."""
         return self.nll / self.num_tokens
+
+
+class ImportanceRatios(NamedTuple):
+    """Ratios of the policy to the one that generated a response, per token; 1 on tokens of original answers."""
+
+    ratios: torch.Tensor
+    """After clipping, without gradient, shape (B, L-1)."""
+    is_clipped: torch.Tensor
+    """Bool, shape (B, L-1)."""
+    is_generated: torch.Tensor
+    """Which tokens are of a refined response, bool, shape (B, L-1)."""
 
 
 class PreferenceLosses(NamedTuple):
@@ -40,6 +54,8 @@ class WeightedRows(NamedTuple):
     """Weights of the training rows, shape (T,), fp32, mean 1 over the dataset."""
     kept: torch.Tensor
     """Which of them take part in the lower level, shape (T,), bool; see [`filter_threshold`]."""
+    shares: torch.Tensor
+    """1 for an answer, 1/G for each of a row's G refined responses, which are T entries here; shape (T,), fp32."""
     num_training_tokens: torch.Tensor
     """Their completion tokens, shape (T,), int64."""
     num_validation_tokens: torch.Tensor
@@ -50,18 +66,19 @@ class ObjectiveSize(NamedTuple):
     """Divisors of the two losses, in tokens or rows."""
 
     training: torch.Tensor
-    """Scalar, int64."""
+    """Scalar, fp32; exact up to 2^24 tokens an optimizer step."""
     validation: torch.Tensor
-    """Scalar, int64."""
+    """Scalar, fp32."""
 
 
-def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor) -> RowLosses:
+def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor, ratios: torch.Tensor | None = None) -> RowLosses:
     """
     Negative log-likelihood of every row on its own.
 
     Args:
         log_probs (`torch.Tensor`): log-probabilities of the next tokens, shape (B, L-1), in nats.
         label_mask (`torch.Tensor`): which of them belong to a completion, shape (B, L-1), bool.
+        ratios (`torch.Tensor`, *optional*): what each token's part is multiplied by, shape (B, L-1).
 
     Example:
 
@@ -73,8 +90,76 @@ def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor) -> RowLosses:
 
     ```
     """
+    if ratios is not None:
+        log_probs = ratios * log_probs
     nll = -(log_probs * label_mask).sum(dim=1)  # (B,)
     return RowLosses(nll=nll, num_tokens=label_mask.sum(dim=1))
+
+
+def importance_ratios(
+    log_probs: torch.Tensor,
+    label_mask: torch.Tensor,
+    generation_log_probs: torch.Tensor,
+    clip: float,
+    level: ImportanceSamplingLevel,
+) -> ImportanceRatios:
+    """
+    Importance ratios of refined responses (arXiv 2511.21056, online self-refining generation).
+
+        r_t = sg( min( pi(y_t) / pi_gen(y_t), clip ) )                           (level="token")
+        r_t = sg( min( exp( mean_t log( pi(y_t) / pi_gen(y_t) ) ), clip ) )      (level="sequence")
+
+    The response's loss is then mean_t [ r_t * -log pi(y_t) ], see [`row_losses`].
+
+    Args:
+        log_probs (`torch.Tensor`): of the tokens under the policy pi, shape (B, L-1), in nats.
+        label_mask (`torch.Tensor`): which of them belong to a completion, shape (B, L-1), bool.
+        generation_log_probs (`torch.Tensor`): under the policy and prompt that generated them, shape (B, L-1); NaN for
+            tokens that were not generated, whose ratio is 1.
+        clip (`float`): upper limit, at least 1.
+        level (`"token"` or `"sequence"`): a ratio per token, or one for a whole sequence.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> before, now = torch.tensor([[0.5, 0.1, 0.2]]), torch.tensor([[0.25, 0.8, 0.2]])
+    >>> importance_ratios(now.log(), torch.ones(1, 3, dtype=bool), before.log(), clip=5.0, level="token").ratios
+    tensor([[0.5000, 5.0000, 1.0000]])
+
+    ```
+    """
+    log_ratios = log_probs.detach().float() - generation_log_probs.float()
+    generated = label_mask & ~generation_log_probs.isnan()
+    log_ratios = log_ratios.masked_fill(~generated, 0.0)  # (B, L-1)
+    if level == "sequence":
+        means = log_ratios.sum(dim=1) / generated.sum(dim=1).clamp(min=1)  # (B,)
+        log_ratios = torch.where(generated, means[:, None], 0.0)
+    ratios = log_ratios.clamp(max=math.log(clip)).exp()
+    return ImportanceRatios(ratios, log_ratios > math.log(clip), generated)
+
+
+def mean_over_responses(values: torch.Tensor, row_of_sequence: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """
+    Mean of each row's G sequences: 1/G * sum_j values_ij.
+
+    Args:
+        values (`torch.Tensor`): one per sequence, shape (S, ...).
+        row_of_sequence (`torch.Tensor`): shape (S,), int64.
+        num_rows (`int`): T; every row has a sequence.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> mean_over_responses(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([0, 1, 1]), num_rows=2)
+    tensor([5., 2.])
+
+    ```
+    """
+    counts = row_of_sequence.bincount(minlength=num_rows).to(values)  # (T,)
+    sums = values.new_zeros((num_rows, *values.shape[1:])).index_add_(0, row_of_sequence, values)
+    return sums / counts.view(-1, *[1] * (values.dim() - 1))
 
 
 def preference_losses(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> PreferenceLosses:
@@ -195,11 +280,11 @@ def objective_size(rows: WeightedRows, normalization: LossNormalization) -> Obje
         rows ([`WeightedRows`]): rows of a micro-batch.
         normalization (`"token"` or `"row"`): divide by completion tokens, as TRL does, or by rows.
     """
+    kept = rows.kept * rows.shares  # (T,)
     if normalization == "row":
-        num_validation_rows = rows.kept.new_tensor(rows.num_validation_tokens.numel(), dtype=torch.int64)
-        return ObjectiveSize(training=rows.kept.sum(), validation=num_validation_rows)
+        return ObjectiveSize(training=kept.sum(), validation=kept.new_tensor(rows.num_validation_tokens.numel()))
     return ObjectiveSize(
-        training=(rows.num_training_tokens * rows.kept).sum(), validation=rows.num_validation_tokens.sum()
+        training=(rows.num_training_tokens * kept).sum(), validation=rows.num_validation_tokens.sum().float()
     )
 
 
@@ -216,6 +301,8 @@ def row_coefficients(
         L_train(w) = sum_i w_i * sum_t nll_it / sum_i n_i            (normalization="token", as TRL)
         L_train(w) = 1/T * sum_i w_i * mean_t nll_it                 (normalization="row", the papers' codes)
 
+    A row with G refined responses has the mean of theirs in place of its terms; each has a coefficient of its own.
+
     Args:
         rows ([`WeightedRows`]): rows of a micro-batch.
         size ([`ObjectiveSize`]): divisors, over the whole optimizer step.
@@ -225,7 +312,9 @@ def row_coefficients(
     Returns:
         `torch.Tensor`: fp32, shape (T + V,): training rows first.
     """
-    training = (1 - validation_weight) * rows.weights * rows.kept / size.training.clamp(min=1)  # (T,)
+    kept = rows.kept * rows.shares  # (T,)
+    # No kept row at all: 0 / tiny
+    training = (1 - validation_weight) * rows.weights * kept / size.training.clamp(min=1e-6)  # (T,)
     validation = validation_weight / size.validation.clamp(min=1)
     coefficients = torch.cat([training, validation.expand(rows.num_validation_tokens.shape)])  # (T + V,)
     if normalization == "row":

@@ -16,12 +16,19 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from .preference_pairs import REFERENCE_NLL, is_paired, split_pair
+from .self_refining_collator import SelfRefiningCollator
 
 
 SAMPLE_INDEX_COLUMN = "bilevel_sample_index"
 """Column added to the training dataset: the row's position in the dataset that the user passed."""
 SAMPLE_INDICES = "sample_indices"
 """Batch key: list of int, the `SAMPLE_INDEX_COLUMN` of the batch's training rows, which come first."""
+ROW_OF_SEQUENCE = "row_of_sequence"
+"""Batch key: list of int, the training row that each training sequence answers; a refined row has several."""
+REFINED_SPANS = "refined_spans"
+"""Batch key: list of [`RefinedSpan`], of each training sequence; `None` for original answers."""
+OPTIMIZER_STEP = "optimizer_step"
+"""Key of a training row on its way to the collator: the step that trains on it, from 0."""
 
 
 def add_sample_indices(dataset: Dataset) -> Dataset:
@@ -50,6 +57,17 @@ class PairedIndex(NamedTuple):
 
     training: int
     validation: tuple[int, ...]
+    step: int = 0
+    """Optimizer step that trains on them, from 0."""
+
+
+class RefinedSpan(NamedTuple):
+    """Where a refined response is in its sequence."""
+
+    start: int
+    """Position of its first token's prediction: that of the token, less one."""
+    log_probs: list[float]
+    """Of its tokens under the policy that generated them, in nats."""
 
 
 class ValidationStream:
@@ -94,6 +112,8 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_stream ([`ValidationStream`]): where validation rows come from.
         training_batch_size (`int`): T, rows.
         validation_batch_size (`int`): V, rows.
+        batches_per_step (`int`): micro-batches of all processes in an optimizer step.
+        steps_per_epoch (`int`): optimizer steps in an epoch.
     """
 
     def __init__(
@@ -102,11 +122,15 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_stream: ValidationStream,
         training_batch_size: int,
         validation_batch_size: int,
+        batches_per_step: int = 1,
+        steps_per_epoch: int = 0,
     ):
         self.training_sampler = training_sampler
         self.validation_stream = validation_stream
         self.training_batch_size = training_batch_size
         self.validation_batch_size = validation_batch_size
+        self.batches_per_step = batches_per_step
+        self.steps_per_epoch = steps_per_epoch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -130,9 +154,11 @@ class PairedSampler(Sampler[PairedIndex]):
     def __iter__(self) -> Iterator[PairedIndex]:
         epoch_start = self.epoch * self._validation_rows_for(len(self))
         stop = epoch_start
-        for position, training_row in enumerate(self.training_sampler, start=1):
-            start, stop = stop, epoch_start + self._validation_rows_for(position)
-            yield PairedIndex(training_row, self.validation_stream.rows(start, stop))
+        rows_per_step = self.training_batch_size * self.batches_per_step
+        for position, training_row in enumerate(self.training_sampler):
+            start, stop = stop, epoch_start + self._validation_rows_for(position + 1)
+            step = self.epoch * self.steps_per_epoch + position // rows_per_step
+            yield PairedIndex(training_row, self.validation_stream.rows(start, stop), step)
 
     def _validation_rows_for(self, num_training_rows: int) -> int:
         return -(-num_training_rows * self.validation_batch_size // self.training_batch_size)
@@ -171,8 +197,8 @@ class PairedDataset(TorchDataset):
         """The rows of a batch, training rows first; PyTorch's fetcher calls this once per batch."""
         training_indices = [index.training for index in indices]
         training_rows = [
-            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[index])}
-            for index, row in zip(training_indices, self.training.__getitems__(training_indices), strict=True)
+            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[index.training]), OPTIMIZER_STEP: index.step}
+            for index, row in zip(indices, self.training.__getitems__(training_indices), strict=True)
         ]
         validation_indices = [row for index in indices for row in index.validation]
         validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
@@ -184,20 +210,40 @@ class PairedDataset(TorchDataset):
 class PairedCollator:
     """
     Collates training and validation rows with the trainer's own collator and keeps the training rows' identity, and
-    the reference's log-likelihoods of preference pairs.
+    the reference's log-likelihoods of preference pairs. Refined responses take the place of the training rows.
 
     Args:
         collator (`Callable`): collator for the rows themselves. It must keep their number and order.
+        self_refining (`SelfRefiningCollator`, *optional*): knows the refined responses.
+        refresh_delay (`int`): optimizer steps that a refresh takes to reach the batches: they are collated ahead. With
+            it, what a step trains on depends on the step alone, and a resumed run sees the same.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+    def __init__(
+        self,
+        collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        self_refining: SelfRefiningCollator | None = None,
+        refresh_delay: int = 0,
+    ):
         self.collator = collator
+        self.self_refining = self_refining
+        self.refresh_delay = refresh_delay
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         sample_indices = [row[SAMPLE_INDEX_COLUMN] for row in rows if SAMPLE_INDEX_COLUMN in row]
         reference_nll = [row[REFERENCE_NLL] for row in rows if REFERENCE_NLL in row]
-        ours = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL)
+        steps = [row[OPTIMIZER_STEP] for row in rows if OPTIMIZER_STEP in row]
+        ours = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL, OPTIMIZER_STEP)
         rows = [{name: value for name, value in row.items() if name not in ours} for row in rows]
+        num_training = len(sample_indices)
+        row_of_sequence = list(range(num_training))
+        log_probs: list[list[float]] = [[]] * num_training
+        if self.self_refining is not None and steps:
+            refined = self.self_refining.refine(
+                rows[:num_training], sample_indices, up_to_step=min(steps) - self.refresh_delay
+            )
+            rows = refined.sequences + rows[num_training:]
+            row_of_sequence, log_probs = refined.row_of_sequence, refined.log_probs
         batch = self.collator(rows)
         if len(batch["labels"]) != len(rows):
             raise ValueError(
@@ -207,4 +253,19 @@ class PairedCollator:
         # A list, not a tensor: it stays on the host, where the selector looks the weights up without a device sync
         batch[SAMPLE_INDICES] = sample_indices
         batch[REFERENCE_NLL] = reference_nll
+        batch[ROW_OF_SEQUENCE] = row_of_sequence
+        batch[REFINED_SPANS] = [
+            _find_span(labels, values) if values else None
+            for labels, values in zip(batch["labels"], log_probs, strict=False)  # validation rows follow
+        ]
         return batch
+
+
+def _find_span(labels: torch.Tensor, log_probs: list[float]) -> RefinedSpan:
+    positions = labels.ne(-100).nonzero().flatten()
+    if len(positions) != len(log_probs) or positions[-1] - positions[0] >= len(log_probs):
+        raise ValueError(
+            f"The data collator kept {len(positions)} of the {len(log_probs)} tokens of a refined response. "
+            "Importance ratios need all of them: shorten sequences with `max_length`, not in the collator."
+        )
+    return RefinedSpan(int(positions[0]) - 1, log_probs)

@@ -9,9 +9,11 @@ from .losses import (
     LossNormalization,
     ObjectiveSize,
     WeightedRows,
+    mean_over_responses,
     objective_size,
     row_coefficients,
 )
+from .paired_batches import RefinedSpan
 
 
 STEP_ROWS = "step_rows"
@@ -21,37 +23,75 @@ STEP_ROWS = "step_rows"
 @dataclass
 class StepRows:
     """
-    What the trainer knows of a micro-batch of R rows besides its tokens: T training rows, then the validation rows.
+    What the trainer knows of a micro-batch besides its tokens: T training rows in S sequences, as a row with refined
+    responses has one for each, then the validation rows.
 
     An object and not tensors of the batch: those would be cast to the precision of the model under DeepSpeed.
     """
 
     num_training: int
     """T."""
+    row_of_sequence: torch.Tensor
+    """Which training row each training sequence answers, int64 of shape (S,), on the CPU."""
+    refined_spans: list[RefinedSpan | None]
+    """Of each training sequence: where a refined response is; `None` for an original answer."""
     reference_nll: torch.Tensor
     """Of preference pairs: log-likelihoods under the reference, shape (2P,), fp32, in nats. Empty without pairs."""
     num_filtered: int = 0
     """Training rows that take no part in the model's step."""
     coefficients: torch.Tensor | None = None
-    """What each loss counts, fp32, on the device: (T + V,) for rows, (T + P,) for pairs."""
+    """What each loss counts, fp32, on the device: (S + V,) for rows, (S + P,) for pairs."""
     value_coefficients: torch.Tensor | None = None
-    """What each training row's loss counts for the value function, fp32, on the device: (T,)."""
+    """What each training sequence's loss counts for the value function, fp32, on the device: (S,)."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S, training sequences."""
+        return len(self.row_of_sequence)
+
+    @property
+    def is_refined(self) -> torch.Tensor:
+        """Which training sequences are refined responses, bool of shape (S,)."""
+        return torch.tensor([span is not None for span in self.refined_spans], dtype=torch.bool)
+
+    @property
+    def num_refined(self) -> int:
+        """Training rows with refined responses."""
+        return len(self.row_of_sequence[self.is_refined].unique())
+
+    def row_means(self, sequence_means: torch.Tensor) -> torch.Tensor:
+        """Means over the responses of each training row, shape (T, ...); takes (S, ...)."""
+        return mean_over_responses(sequence_means, self.row_of_sequence, self.num_training)
+
+    def dense_generation_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """
+        The refined responses' log-probabilities when they were generated, fp32, NaN elsewhere, shape (R, L-1).
+
+        Args:
+            log_probs (`torch.Tensor`): those of now, of all R sequences, shape (R, L-1).
+        """
+        dense = torch.full(log_probs.shape, torch.nan)
+        for sequence, span in enumerate(self.refined_spans):
+            if span is not None:
+                dense[sequence, span.start : span.start + len(span.log_probs)] = torch.tensor(span.log_probs)
+        return dense.to(log_probs.device, non_blocking=True)
 
     def with_whole_pairs(self, finite: torch.Tensor) -> torch.Tensor:
-        """Rows to learn from, bool of shape (R,): those that are `finite`, and of a pair both completions or none."""
+        """Sequences to learn from, bool of shape (R,): `finite` ones, and of a pair both completions or none."""
         if not self.reference_nll.numel():
             return finite
-        pairs = finite[self.num_training :].view(-1, 2).all(dim=1)  # (P,)
-        return torch.cat([finite[: self.num_training], pairs.repeat_interleave(2)])
+        pairs = finite[self.num_sequences :].view(-1, 2).all(dim=1)  # (P,)
+        return torch.cat([finite[: self.num_sequences], pairs.repeat_interleave(2)])
 
     def only(self, staying: torch.Tensor) -> "StepRows":
-        """The same without the rows that do not stay; `staying` is bool of shape (R,), pairs being whole."""
+        """The same without the sequences that do not stay; `staying` is bool of shape (R,), pairs being whole."""
         assert self.coefficients is not None
-        training, validation = staying.cpu().tensor_split([self.num_training])
+        training, validation = staying.cpu().tensor_split([self.num_sequences])
         units = torch.cat([training, validation[::2] if self.reference_nll.numel() else validation])
         return replace(
             self,
-            num_training=int(training.sum()),
+            row_of_sequence=self.row_of_sequence[training],
+            refined_spans=[span for span, stays in zip(self.refined_spans, training, strict=True) if stays],
             reference_nll=self.reference_nll[validation.to(self.reference_nll.device)]
             if self.reference_nll.numel()
             else self.reference_nll,
@@ -67,12 +107,15 @@ class StepRows:
             threshold (`float`): see [`~trl_bilevel.losses.filter_threshold`].
             labels (`torch.Tensor`): shape (R, L), -100 where ignored.
         """
+        row_of_sequence = self.row_of_sequence.to(weights.device)
+        shares = 1 / row_of_sequence.bincount(minlength=self.num_training).float()  # (T,)
+        weights, shares = weights[row_of_sequence], shares[row_of_sequence]  # (S,) each
         kept = weights >= threshold
         num_tokens = labels[:, 1:].ne(-100).sum(dim=1)  # (R,)
-        training_tokens, validation_tokens = num_tokens.tensor_split([self.num_training])
+        training_tokens, validation_tokens = num_tokens.tensor_split([self.num_sequences])
         if self.reference_nll.numel():
             validation_tokens = torch.ones_like(validation_tokens[::2])  # (P,): a pair counts as a whole
-        return WeightedRows(weights, kept, training_tokens, validation_tokens)
+        return WeightedRows(weights, kept, shares, training_tokens, validation_tokens)
 
 
 def row_coefficients_of_step(
@@ -89,7 +132,7 @@ def row_coefficients_of_step(
 
     Args:
         step_rows (`list[StepRows]`): the step's micro-batches on this process.
-        labels (`list[torch.Tensor]`): theirs, shape (R, L) each, -100 where ignored.
+        labels (`list[torch.Tensor]`): of their sequences, shape (R, L) each, -100 where ignored.
         weights (`torch.Tensor`): of their training rows, one micro-batch after the other.
         threshold (`float`): rows of a lower weight are left out.
         validation_weight (`float`): lambda.

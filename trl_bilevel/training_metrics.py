@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .losses import PreferenceLosses, RowLosses
+from .losses import ImportanceRatios, PreferenceLosses, RowLosses
 
 
 class TokenSums(NamedTuple):
@@ -24,6 +24,11 @@ class TokenSums(NamedTuple):
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
     correct_pairs: torch.Tensor
+    refined_tokens: torch.Tensor
+    """Tokens of refined responses, which have an importance ratio."""
+    ratios: torch.Tensor
+    squared_ratios: torch.Tensor
+    clipped_ratios: torch.Tensor
 
 
 class RowCounts(NamedTuple):
@@ -32,6 +37,7 @@ class RowCounts(NamedTuple):
     training_rows: int
     filtered_rows: int
     nonfinite_rows: int
+    refined_rows: int = 0
     micro_batches: int = 1
 
 
@@ -85,7 +91,19 @@ class TrainingMetrics:
             "num_tokens": total["input_tokens"],
             "selector/filtered_ratio": total["filtered_rows"] / max(total["training_rows"], 1.0),
             "selector/nonfinite_rows": total["nonfinite_rows"],
+            "refine/row_ratio": total["refined_rows"] / max(total["training_rows"], 1.0),
+            **(_ratio_metrics(total) if total["refined_tokens"] else {}),
         }
+
+
+def _ratio_metrics(total: dict[str, float]) -> dict[str, float]:
+    num_tokens = total["refined_tokens"]
+    return {
+        "refine/importance_ratio": total["ratios"] / num_tokens,
+        "refine/clip_ratio": total["clipped_ratios"] / num_tokens,
+        # (sum r)^2 / (n sum r^2), in (0, 1]
+        "refine/effective_sample_ratio": total["ratios"] ** 2 / max(num_tokens * total["squared_ratios"], 1e-12),
+    }
 
 
 def sum_tokens(
@@ -96,6 +114,7 @@ def sum_tokens(
     input_tokens: torch.Tensor,
     aux_loss: torch.Tensor,
     preferences: PreferenceLosses | None = None,
+    ratios: ImportanceRatios | None = None,
 ) -> TokenSums:
     """
     The sums of one paired micro-batch.
@@ -108,6 +127,7 @@ def sum_tokens(
         input_tokens (`torch.Tensor`): tokens the model read, prompts included, scalar.
         aux_loss (`torch.Tensor`): load-balancing loss of a mixture-of-experts model, scalar.
         preferences ([`~trl_bilevel.losses.PreferenceLosses`], *optional*): of the pairs that follow the training rows.
+        ratios ([`~trl_bilevel.losses.ImportanceRatios`], *optional*): where there are refined responses.
     """
     zero = aux_loss.new_zeros(())
     if preferences is None:
@@ -131,4 +151,8 @@ def sum_tokens(
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
         correct_pairs=correct_pairs,
+        refined_tokens=zero if ratios is None else ratios.is_generated.sum(),
+        ratios=zero if ratios is None else (ratios.ratios * ratios.is_generated).sum(),
+        squared_ratios=zero if ratios is None else (ratios.ratios.square() * ratios.is_generated).sum(),
+        clipped_ratios=zero if ratios is None else ratios.is_clipped.sum(),
     )

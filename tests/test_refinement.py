@@ -1,0 +1,331 @@
+"""Which questions are refined, what is kept of the responses, and how they reach the batches."""
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from trl_bilevel import DataSelector, RefinementConfig, SelfRefiningCollator
+from trl_bilevel.refine_prompts import Question
+from trl_bilevel.refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
+from trl_bilevel.refinement import Candidates, choose_rows, refresh_metrics
+from trl_bilevel.response_checks import check_reward_funcs, find_flaws, sum_rewards
+
+
+def _response(row, step=0, response=0, used=True, tokens=(5, 6), text="a", flaw=None):
+    return {
+        "row": row,
+        "step": step,
+        "response": response,
+        "used": used,
+        "flaw": flaw,
+        "text": text,
+        "prompt_ids": [1, 2, row],
+        "completion_ids": list(tokens),
+        "log_probs": [-0.5] * len(tokens),
+        "weight": 1.0,
+        "settings": "{}",
+    }
+
+
+def _table(*responses):
+    return pa.Table.from_pylist(list(responses), schema=RESPONSE_SCHEMA)
+
+
+# ---- Which questions ----
+def test_lowest_weight_takes_the_lowest_of_those_that_can_be_refined():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=200)
+    refinable = rng.random(200) < 0.7
+    config = RefinementConfig(refine_ratio=0.1)
+    chosen = choose_rows(Candidates(refinable, scores=scores), config, seed=0)
+    expected = sorted((index for index in range(200) if refinable[index]), key=lambda index: scores[index])[:20]
+    assert sorted(chosen) == sorted(expected)
+
+
+def test_ties_are_broken_at_random_and_not_by_position():
+    candidates = Candidates(np.ones(1000, dtype=bool), scores=np.zeros(1000))
+    config = RefinementConfig(refine_ratio=0.1)
+    first, again = (choose_rows(candidates, config, seed=1) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert first.max() > 500
+    assert not np.array_equal(first, choose_rows(candidates, config, seed=2))
+
+
+def test_random_is_a_fixed_share_whatever_the_weights():
+    config = RefinementConfig(refine_ratio=0.25, refine_mode="random")
+    everything = np.ones(100, dtype=bool)
+    first = choose_rows(Candidates(everything, scores=np.arange(100.0)), config, seed=3)
+    assert np.array_equal(first, choose_rows(Candidates(everything, scores=-np.arange(100.0)), config, seed=3))
+    assert len(first) == 25
+    # A row that must not be refined is passed over, not replaced by another
+    refinable = everything.copy()
+    refinable[first[:5]] = False
+    assert np.array_equal(choose_rows(Candidates(refinable), config, seed=3), first[5:])
+
+
+# ---- The store ----
+def test_a_row_uses_the_newest_responses_that_were_there_in_time(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(5, _table(_response(3, 5, tokens=[7]), _response(4, 5, used=False)), parts=0)
+    store.write_refresh(9, _table(_response(3, 9, tokens=[8]), _response(3, 9, 1, tokens=[9])), parts=0)
+    store.read_new_files(100)
+    assert store.responses_of(3, up_to_step=4) == []
+    assert [response.completion_ids for response in store.responses_of(3, up_to_step=8)] == [[7]]
+    assert [response.completion_ids for response in store.responses_of(3, up_to_step=9)] == [[8], [9]]
+    assert store.responses_of(4, up_to_step=9) == []  # not used
+    assert store.responses_of(1, up_to_step=9) == []
+    assert store.last_step == 9
+    assert len(store.table()) == 4
+
+
+def test_a_refresh_that_falls_flat_leaves_the_earlier_answer(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(1, _table(_response(3, 1, tokens=[7])), parts=0)
+    store.write_refresh(2, _table(_response(3, 2, tokens=[8], used=False, flaw="truncated")), parts=0)
+    store.read_new_files(2)
+    assert [response.completion_ids for response in store.responses_of(3, up_to_step=2)] == [[7]]
+
+
+def test_checkpoint_brings_back_every_response(tmp_path):
+    store = ResponseStore(tmp_path / "runs" / "0abc")
+    store.write_refresh(5, _table(_response(3, 5), _response(4, 5, used=False, flaw="empty")), parts=0)
+    store.read_new_files(5)
+    (tmp_path / "checkpoint").mkdir()
+    store.save(tmp_path / "checkpoint")
+    restored = ResponseStore.load(tmp_path / "checkpoint", tmp_path / "elsewhere")
+    assert restored.table().equals(store.table())
+    assert restored.folder == tmp_path / "elsewhere" / "0abc"
+    assert restored.responses_of(3, 5) == store.responses_of(3, 5)
+
+
+def test_checkpoint_wins_over_what_another_attempt_left_behind(tmp_path):
+    store = ResponseStore(tmp_path / "0abc")
+    store.write_refresh(5, _table(_response(3, 5, tokens=[7])), parts=0)
+    store.read_new_files(5)
+    (tmp_path / "checkpoint").mkdir()
+    store.save(tmp_path / "checkpoint")
+    store.write_refresh(5, _table(_response(3, 5, tokens=[8])), parts=0)
+    restored = ResponseStore.load(tmp_path / "checkpoint", tmp_path)
+    assert restored.responses_of(3, 5)[0].completion_ids == [7]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 torn"])
+def test_damaged_checkpoint_names_the_file(tmp_path, damage):
+    with pytest.raises(FileNotFoundError, match=r"_refined_responses\.parquet"):
+        ResponseStore.load(tmp_path, tmp_path)
+    (tmp_path / "_refined_responses.parquet").write_bytes(damage)
+    with pytest.raises(ValueError, match="damaged"):
+        ResponseStore.load(tmp_path, tmp_path)
+
+
+def test_checkpoint_cannot_point_out_of_the_output_folder(tmp_path):
+    store = ResponseStore(tmp_path / "0abc")
+    store.save(tmp_path)
+    table = pa.parquet.read_table(tmp_path / "_refined_responses.parquet")
+    table = table.replace_schema_metadata({"run": "../../elsewhere"})
+    pa.parquet.write_table(table, tmp_path / "_refined_responses.parquet")
+    with pytest.raises(ValueError, match="damaged"):
+        ResponseStore.load(tmp_path, tmp_path)
+
+
+def test_a_new_plan_throws_away_what_an_old_one_generated(tmp_path):
+    store = ResponseStore(tmp_path)
+    plan = RefreshPlan([1, 2], [1.0, 1.0], {"refine_temperature": 1.0}, 4)
+    store.write_plan(5, plan)
+    store.write_part(5, 0, _table(_response(1, 5)))
+    assert store.read_plan(5) == plan
+    assert len(store.read_part(5, 0)) == 1
+    store.write_plan(5, plan._replace(settings={"refine_temperature": 0.5}))
+    assert store.read_part(5, 0) is None
+    assert store.read_plan(6) is None
+
+
+def test_nothing_half_written_is_ever_read(tmp_path, monkeypatch):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(1, _table(_response(3, 1)), parts=0)
+
+    def disk_full(table, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.feather.write_feather", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        store.write_refresh(2, _table(_response(3, 2)), parts=0)
+    store.read_new_files(2)
+    assert store.last_step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["refresh-00000001.arrow"]
+
+
+# ---- The collator ----
+ROWS = [{"input_ids": [1, 2, row, 9], "labels": [-100, -100, -100, 9]} for row in range(6)]
+
+
+def _row_key(row):
+    return row["input_ids"][2]
+
+
+def _collator(store):
+    collator = SelfRefiningCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    collator.connect(store, _row_key)
+    return collator
+
+
+def test_collator_puts_every_response_in_place_of_the_original(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(0, _table(_response(1, tokens=[5, 6, 7]), _response(1, response=1, tokens=[8])), parts=0)
+    collator = _collator(store)
+    plain = DataCollatorForLanguageModeling(pad_token_id=0)(ROWS[:3])
+    assert collator(ROWS[:3])["input_ids"].tolist() == plain["input_ids"].tolist()  # not published yet
+    collator.publish(0)
+    batch = collator(ROWS[:3])
+    assert batch["input_ids"].tolist() == [
+        [1, 2, 0, 9, 0, 0],
+        [1, 2, 1, 5, 6, 7],
+        [1, 2, 1, 8, 0, 0],
+        [1, 2, 2, 9, 0, 0],
+    ]
+    assert batch["labels"].tolist() == [
+        [-100, -100, -100, 9, -100, -100],
+        [-100, -100, -100, 5, 6, 7],
+        [-100, -100, -100, 8, -100, -100],
+        [-100, -100, -100, 9, -100, -100],
+    ]
+    refined = collator.refine(ROWS[:3], [0, 1, 2], up_to_step=0)
+    assert refined.row_of_sequence == [0, 1, 1, 2]
+    assert refined.log_probs == [[], [-0.5] * 3, [-0.5], []]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_refresh_reaches_workers_that_live_on(tmp_path, context):
+    """Persistent workers, started before the refresh: the public code looks its responses up once and keeps them."""
+    store = ResponseStore(tmp_path)
+    collator = _collator(store)
+    loader = DataLoader(
+        ROWS, batch_size=2, collate_fn=collator, num_workers=2, persistent_workers=True,
+        multiprocessing_context=context, prefetch_factor=1,
+    )  # fmt: skip
+    completions = lambda: [row[3] for batch in loader for row in batch["input_ids"].tolist()]  # noqa: E731
+    assert completions() == [9] * 6
+    for step, token in ((0, 5), (1, 7)):
+        store.write_refresh(step, _table(_response(1, step, tokens=[token])), parts=0)
+        collator.publish(step)
+        assert completions() == [9, token, 9, 9, 9, 9]
+
+
+def test_collator_holds_no_model_and_travels_without_its_responses(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(0, _table(*(_response(row, tokens=range(500)) for row in range(200))), parts=0)
+    store.read_new_files(0)
+    assert len(pickle.dumps(store)) < 1000
+    restored = pickle.loads(pickle.dumps(store))
+    restored.read_new_files(0)
+    assert restored.table().equals(store.table())
+
+
+# ---- Guard rails ----
+def _flaw(text="12", tokens=(1, 2), log_probs=(-0.1, -0.2), finished=True, original="13"):
+    return find_flaws([text], [list(tokens)], [list(log_probs)], [finished], original)[0]
+
+
+def test_flaws_by_themselves():
+    assert _flaw() is None
+    assert _flaw(text="  \n") == "empty"
+    assert _flaw(tokens=[4, 5] * 20) == "repeated"
+    assert _flaw(tokens=list(range(40))) is None
+    assert _flaw(finished=False) == "truncated"
+    assert _flaw(log_probs=[-0.1, float("nan")]) == "nonfinite"
+    assert _flaw(text=" 13 ") == "identical"
+
+
+def test_a_majority_for_the_original_speaks_against_the_others():
+    def flaws(*texts):
+        count = len(texts)
+        return find_flaws(list(texts), [[1]] * count, [[-0.1]] * count, [True] * count, "13")
+
+    assert flaws("13", "12", "13", "14") == ["identical", "outvoted", "identical", "outvoted"]
+    assert flaws("13", "12", "12") == ["identical", None, None]
+
+
+def _question(row):
+    columns = {"prompt": f"question {row}", "completion": "original", "level": row}
+    return Question(row, [1], [1], columns["prompt"], columns["completion"], columns)
+
+
+def test_reward_functions_are_called_as_trl_calls_them():
+    calls = []
+
+    def length(completions, **kwargs):
+        calls.append(kwargs)
+        return [float(len(text)) for text in completions]
+
+    def sometimes(prompts, level, **kwargs):
+        return [None if value == 0 else -10.0 for value in level]
+
+    rewards = sum_rewards([length, sometimes], [_question(0), _question(1)], ["abc", "de"], [[1], [2]])
+    assert rewards == [3.0, -8.0]
+    assert calls[0]["prompts"] == ["question 0", "question 1"]
+    assert calls[0]["completion_ids"] == [[1], [2]]
+    assert calls[0]["level"] == [0, 1]
+    assert "completion" not in calls[0]
+    assert sum_rewards([sometimes], [_question(0)], ["abc"], [[1]]) == [None]
+
+
+def test_bad_reward_functions_are_refused():
+    async def reward(prompts, completions, **kwargs):
+        return [1.0]
+
+    with pytest.raises(TypeError, match="not async"):
+        check_reward_funcs(reward)
+    with pytest.raises(TypeError, match="reward model"):
+        check_reward_funcs(["some/reward-model"])
+    with pytest.raises(ValueError, match="1 rewards for 2"):
+        sum_rewards([lambda **kwargs: [1.0]], [_question(0), _question(1)], ["a", "b"], [[1], [2]])
+
+
+def test_metrics_count_every_response():
+    table = _table(
+        _response(1, tokens=[1, 2, 3]),
+        _response(1, response=1, tokens=[1], used=False, flaw="truncated"),
+        _response(2, tokens=[1, 2], used=False, flaw="empty"),
+        _response(2, response=1, tokens=[1, 2]),
+    )
+    metrics = refresh_metrics(table)
+    assert metrics["refine/questions"] == 2
+    assert metrics["refine/response_length"] == 2
+    assert metrics["refine/used_ratio"] == 0.5
+    assert metrics["refine/truncated_ratio"] == metrics["refine/empty_ratio"] == 0.25
+    assert metrics["refine/identical_ratio"] == 0
+    assert all(np.isfinite(list(refresh_metrics(_table()).values())))
+
+
+def test_restart_forgets_what_spoke_against_an_answer():
+    selector = DataSelector(6, activation="sigmoid", prior=0.2, centered=False)
+    selector.update(torch.arange(6), torch.tensor([3.0, -3.0, 2.0, -2.0, 1.0, -1.0]))
+    before = selector.logits
+    selector.restart(torch.tensor([0, 1]))
+    assert selector.logits[0].item() == pytest.approx(np.log(0.2 / 0.8), abs=1e-6)
+    assert torch.equal(selector.logits[1:], before[1:])  # a good row keeps its weight
+    assert selector.weights().mean().item() == pytest.approx(1, abs=1e-6)
+
+    softmax = DataSelector(6)
+    softmax.update(torch.arange(6), torch.arange(6.0))
+    mean_mass = softmax.logits.double().exp().mean()
+    assert softmax.proved_good.tolist() == (softmax.weights() > 1).tolist()
+    softmax.restart(torch.tensor([5]))
+    assert softmax.logits[5].item() == pytest.approx(mean_mass.log().item(), abs=1e-6)
+    assert softmax.weights().mean().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_restart_leaves_weights_that_are_not_the_rows_own():
+    frozen = DataSelector(4, learning_rate=0.0)
+    of_sources = DataSelector(4, sources=torch.tensor([0, 0, 1, 1]))
+    of_sources.update(torch.arange(4), torch.tensor([0.0, 0.0, 2.0, 2.0]))
+    for selector in (frozen, of_sources):
+        before = selector.logits.clone()
+        selector.restart(torch.tensor([2, 3]))
+        assert torch.equal(selector.logits, before)

@@ -1,0 +1,295 @@
+"""What the model is asked, what it answers, and that training is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from conftest import prompt_completion_rows
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
+from trl_bilevel.refine_prompts import QuestionReader, check_refinable, decode_response, stop_token_ids
+from trl_bilevel.response_generation import TransformersGenerator, VLLMGenerator, batch_seed, ready_to_generate
+
+
+def _config(**options):
+    return RefinementConfig(**{"refine_ratio": 0.1, "refine_max_new_tokens": 8, **options})
+
+
+def _reader(rows, tokenizer, template=None):
+    return QuestionReader(Dataset.from_list(rows), tokenizer, None, template)
+
+
+# ---- Prompts ----
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+SECOND = [{"role": "user", "content": "times 3?"}, {"role": "assistant", "content": "6 of course"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "add 1 and 2:", "completion": " 3"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"prompt": [SYSTEM, *TURNS, SECOND[0]], "completion": SECOND[1:]},
+        {"prompt": TURNS[:1], "completion": [TURNS[1], *SECOND]},
+        {"messages": [SYSTEM, *TURNS]},
+        {"messages": [*TURNS, *SECOND]},
+        {"conversations": [{"from": "user", "value": "1 + 1?"}, {"from": "assistant", "value": "2"}]},
+    ],
+    ids=["text", "conversation", "system and turns", "two answers", "messages", "multi-turn messages", "ShareGPT"],
+)
+def test_prompt_is_what_training_puts_before_the_last_answer(make_trainer, tokenizer, row):
+    """Against the trainer's own preparation of the same row."""
+    trusted = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    trusted_row = {"messages": trusted} if "prompt" not in row else {"prompt": trusted[:1], "completion": trusted[1:]}
+    if isinstance(row.get("prompt"), str):
+        trusted_row = {"prompt": "Why?", "completion": " Because."}
+    validation = Dataset.from_list([trusted_row] * 4)
+    trainer = make_trainer(train_dataset=Dataset.from_list([row] * 4), validation_dataset=validation)
+    tokens = trainer.train_dataset[0]["input_ids"]
+    question = _reader([row], tokenizer).read(0)
+    assert tokens[: len(question.prompt_ids)] == question.prompt_ids
+    assert question.generation_ids == question.prompt_ids
+    answer = decode_response(tokenizer, question.prompt_ids, tokens[len(question.prompt_ids) :])
+    assert answer.strip() == question.original.strip()
+    if "prompt" in row and len(row["completion"]) != 3:
+        assert trainer.train_dataset[0]["labels"].count(-100) == len(question.prompt_ids)
+
+
+def test_tools_are_part_of_the_prompt(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    question = _reader([{"messages": TURNS, "tools": tools}], tokenizer).read(0)
+    assert '"add"' in tokenizer.decode(question.prompt_ids)
+    as_text = _reader([{"messages": TURNS, "tools": '[{"type": "function", "function": {"name": "add"}}]'}], tokenizer)
+    assert as_text.read(0).prompt_ids == question.prompt_ids
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [TURNS[:1], [*TURNS, SECOND[0]], [TURNS[0], {"role": "assistant", "content": None}], TURNS[1:]],
+    ids=["no answer", "ends with the user", "tool call", "no prompt"],
+)
+def test_rows_without_an_answer_in_text_are_passed_over(tokenizer, messages):
+    assert _reader([{"messages": messages}], tokenizer).read(0) is None
+
+
+def test_tokenized_rows_are_cut_before_the_last_answer(tokenizer):
+    labels = {"input_ids": [7, 8, 9, 4, 5, 6], "labels": [-100, 8, -100, -100, 5, 6]}
+    question = _reader([labels], tokenizer).read(0)
+    assert question.prompt_ids == [7, 8, 9, 4]
+    mask = {"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}
+    assert _reader([mask], tokenizer).read(0).prompt_ids == [7]
+    assert _reader([{"input_ids": [7, 8], "labels": [7, 8]}], tokenizer).read(0) is None
+
+
+def test_template_shows_the_original_answer_and_training_does_not(tokenizer):
+    text = _reader([{"prompt": "add 1 and 2:", "completion": " 4"}], tokenizer, IMPROVE_ANSWER_TEMPLATE).read(0)
+    assert tokenizer.decode(text.prompt_ids) == "add 1 and 2:"
+    asked = tokenizer.decode(text.generation_ids)
+    assert asked.startswith("add 1 and 2:")
+    assert " 4" in asked
+    assert "better answer" in asked
+    template = "{{ prompt }} Not: {{ completion }}"
+    chat = _reader([{"messages": [SYSTEM, *TURNS, *SECOND]}], tokenizer, template).read(0)
+    asked = tokenizer.decode(chat.generation_ids)
+    assert "times 3? Not: 6 of course" in asked
+    assert "Be brief." in asked
+    assert "Not:" not in tokenizer.decode(chat.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "no prompt here"}, "language-modeling rows"),
+        ({"input_ids": [1, 2]}, "`labels` or `completion_mask`"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "None of the first"),
+        ({"messages": TURNS[:1]}, "None of the first"),
+    ],
+)
+def test_rows_without_a_prompt_are_refused(tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        check_refinable(_reader([row] * 3, tokenizer), has_formatting_func=False)
+
+
+def test_formatted_rows_and_tokenized_rows_with_a_template_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="formatting_func"):
+        check_refinable(_reader([{"prompt": "a", "completion": "b"}], tokenizer), has_formatting_func=True)
+    tokenized = _reader([{"input_ids": [1, 2], "labels": [-100, 2]}], tokenizer, "{{ prompt }}")
+    with pytest.raises(ValueError, match="tokenized already"):
+        check_refinable(tokenized, has_formatting_func=False)
+
+
+def test_the_end_of_a_turn_ends_a_response_where_the_chat_template_applies(tokenizer):
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = stop_token_ids(tokenizer, 0, None, {"messages": TURNS})
+    assert set(chat) == {0, tokenizer.eos_token_id, end_of_turn}
+    assert stop_token_ids(tokenizer, [3], None, {"prompt": "a", "completion": "b"}) == [tokenizer.eos_token_id, 3]
+    assert end_of_turn in stop_token_ids(tokenizer, None, None, {"input_ids": [5, end_of_turn]})
+    assert end_of_turn not in stop_token_ids(tokenizer, None, None, {"input_ids": [5, 6]})
+
+
+# ---- Generation ----
+@pytest.fixture
+def prompts(tokenizer):
+    return [tokenizer(row["prompt"])["input_ids"] for row in prompt_completion_rows(5)]
+
+
+def _generator(model, tokenizer, **options):
+    return TransformersGenerator(model, tokenizer, [tokenizer.eos_token_id], _config(**options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_responses_are_the_most_likely_tokens(build_model, tokenizer, prompts, family):
+    """Against one forward pass per token, without padding and without a cache."""
+    model = build_model(family)
+    model.config.use_cache = False
+    responses = _generator(model, tokenizer, refine_temperature=0).generate(prompts, seed=0)
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = list(prompt)
+        for token in response:
+            with torch.no_grad():
+                assert model.eval()(torch.tensor([tokens])).logits[0, -1].argmax() == token
+            tokens.append(token)
+        assert len(response) == 8 or response[-1] == tokenizer.eos_token_id
+
+
+def test_sampling_options_reach_the_sampler(build_model, tokenizer, prompts, monkeypatch):
+    model = build_model()
+    model.generation_config.top_k = 3
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.1
+    seen = {}
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: seen.update(kwargs) or generate(**kwargs))
+    generator = _generator(model, tokenizer, refine_temperature=0.7, refine_top_p=0.9, num_refined_responses=3)
+    responses = generator.generate(prompts, seed=0)
+    config = seen["generation_config"]
+    assert (config.temperature, config.top_p, config.top_k, config.repetition_penalty) == (0.7, 0.9, 0, 1.0)
+    assert config.use_cache
+    assert len(responses) == 15
+    assert responses[0] != responses[1]
+
+
+def test_temperature_sharpens_as_the_softmax_says(build_model, tokenizer):
+    """Frequencies of the first token against softmax(logits / T), the nucleus cut off."""
+    model = build_model()
+    model.lm_head.weight.data.mul_(20)
+    prompt = tokenizer("add 1 and 2:")["input_ids"]
+    logits = model(torch.tensor([prompt])).logits[0, -1].detach()
+    expected = (logits / 0.5).softmax(-1)
+    ordered = expected.sort(descending=True)
+    nucleus = ordered.indices[: int((ordered.values.cumsum(0) < 0.8).sum()) + 1]
+    config = {"refine_temperature": 0.5, "refine_top_p": 0.8, "refine_max_new_tokens": 1}
+    generator = _generator(model, tokenizer, num_refined_responses=3000, **config)
+    first = torch.tensor([response[0] for response in generator.generate([prompt], seed=1)])
+    assert set(first.tolist()) <= set(nucleus.tolist())
+    frequencies = first.bincount(minlength=len(expected)) / 3000
+    expected = torch.zeros_like(expected).index_copy_(0, nucleus, expected[nucleus])
+    torch.testing.assert_close(frequencies, expected / expected.sum(), atol=0.03, rtol=0)
+
+
+def test_response_ends_with_its_first_stop_token(build_model, tokenizer, prompts):
+    model = build_model()
+    never = [tokenizer.pad_token_id]
+    free = TransformersGenerator(model, tokenizer, never, _config(refine_temperature=0)).generate(prompts, seed=0)
+    stop = free[0][2]
+    generator = TransformersGenerator(model, tokenizer, [stop], _config(refine_temperature=0))
+    for before, after in zip(free, generator.generate(prompts, seed=0), strict=True):
+        end = before.index(stop) + 1 if stop in before else 8
+        assert after == before[:end]
+
+
+def test_same_seed_same_responses_and_the_random_state_stays(build_model, tokenizer, prompts):
+    generator = _generator(build_model(), tokenizer, num_refined_responses=2)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = generator.generate(prompts, seed=3)
+    assert torch.equal(torch.rand(3), expected)
+    assert generator.generate(prompts, seed=3) == first
+    assert generator.generate(prompts, seed=4) != first
+
+
+def test_seeds_differ_between_steps_and_batches():
+    seeds = {batch_seed(7, step, batch) for step in range(20) for batch in range(20)}
+    assert len(seeds) == 400
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_restored(build_model, fails):
+    """Module by module: what the user keeps in eval mode stays so, and checkpointing keeps its options."""
+    model = get_peft_model(build_model(), LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear"))
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    model.activation_checkpointing_enable(every_n_layers=2)
+    flags = lambda: [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]  # noqa: E731
+    before, states = flags(), []
+    try:
+        with ready_to_generate(model):
+            states = flags()
+            assert not torch.is_grad_enabled()
+            assert model.active_adapters == ["default"]
+            if fails:
+                raise RuntimeError("out of memory")
+    except RuntimeError:
+        assert fails
+    assert any(checkpointing for _, checkpointing in before)
+    assert not any(training or checkpointing for training, checkpointing in states)
+    assert flags() == before
+    assert torch.is_grad_enabled()
+
+
+# ---- vLLM ----
+class _FakeVLLM:
+    """Stands for TRL's bridge: records what it is given, answers with the prompt's length and the seed."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.generation_kwargs = options["generation_kwargs"]
+        self.calls = []
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def generate(self, prompts, images, num_generations):
+        assert images is None
+        assert num_generations == 1
+        self.calls.append(len(prompts))
+        return prompts, [[len(prompt), self.generation_kwargs["seed"]] for prompt in prompts], None, None
+
+
+def test_vllm_is_wired_as_in_trl(monkeypatch, build_model, tokenizer):
+    monkeypatch.setattr("trl_bilevel.response_generation.VLLMGeneration", _FakeVLLM)
+    config = _config(
+        use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:8000", refine_temperature=0.6,
+        refine_top_p=0.9, num_refined_responses=2, vllm_max_model_length=99,
+    )  # fmt: skip
+    model = build_model()
+    generator = VLLMGenerator(model, "accelerator", tokenizer, [1, 3], config, batch_size=16)
+    options = generator.vllm.options
+    assert options["model"] is model
+    assert (options["mode"], options["server_base_url"]) == ("server", "http://127.0.0.1:8000")
+    assert (options["temperature"], options["top_p"], options["max_completion_length"]) == (0.6, 0.9, 8)
+    assert options["max_model_length"] == 99
+    assert options["generation_kwargs"]["stop_token_ids"] == [1, 3]
+    # Equal requests of one call share the seed: each of the G responses is a call of its own
+    assert generator.generate([[5], [5, 6]], seed=10) == [[1, 10], [1, 11], [2, 10], [2, 11]]
+
+
+def test_vllm_options_exist_in_trl():
+    """The real bridge's constructor takes every option by the name it is given."""
+    import inspect
+
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    given = {
+        "model", "accelerator", "processing_class", "mode", "server_base_url", "server_timeout", "group_port",
+        "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode",
+        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs",
+    }  # fmt: skip
+    assert given <= set(inspect.signature(VLLMGeneration.__init__).parameters)
+    assert {"prompts", "images", "num_generations"} <= set(inspect.signature(VLLMGeneration.generate).parameters)

@@ -1,0 +1,538 @@
+"""Online self-refining generation inside the trainer: the formula, recovery, and what comes out."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import left_padding_collator, prompt_completion_rows
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, SelfRefiningCollator
+from trl_bilevel.losses import closed_form_log_weights
+from trl_bilevel.refined_responses import ResponseStore
+
+
+# The tiny models are untrained: nearly every response runs into the length limit, and is used all the same
+REFINE = {
+    "refine_ratio": 0.5,
+    "refine_start_step": 0,
+    "refine_every_steps": 3,
+    "num_refined_responses": 2,
+    "refine_max_new_tokens": 6,
+    "refine_discard_flawed": False,
+}
+SGD = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def _lora(dropout=0.2):
+    return LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def _parameters(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _token_log_probs(model, prompt, completion):
+    """From plain logits, one sequence at a time."""
+    tokens = torch.tensor([[*prompt, *completion]])
+    log_probs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return log_probs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+class _Snapshot(TrainerCallback):
+    """Parameters and weights before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            self.parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("normalization", ["token", "row"])
+def test_refined_rows_change_the_loss_as_the_formula_says(
+    make_trainer, build_model, validation_dataset, level, normalization
+):
+    """
+    A step on responses that another policy generated, against autograd on plain logits.
+
+    Step 0 moves the policy away from the one that generated; step 1 trains on two responses for each of its rows.
+    """
+    clip = 1.2
+    snapshot = _Snapshot(1)
+    trainer = make_trainer(
+        **{**REFINE, "refine_ratio": 1.0}, **SGD, max_steps=2, selector_learning_rate=2.0, validation_weight=0.4,
+        importance_ratio_clip=clip, importance_sampling_level=level, loss_normalization=normalization,
+        train_sampling_strategy="sequential", per_device_validation_batch_size=3, callbacks=[snapshot],
+    )  # fmt: skip
+    weights_before, logits_before = [], []
+    weigh = trainer.data_selector.weights_of
+
+    def record(rows):
+        weights_before.append(weigh(rows))
+        logits_before.append(trainer.data_selector.logits[rows].clone())
+        return weights_before[-1]
+
+    trainer.data_selector.weights_of = record
+    trainer.train()
+
+    rows = range(4, 8)
+    responses = [trainer.response_store.responses_of(row, up_to_step=0) for row in rows]
+    assert [len(of_row) for of_row in responses] == [2] * 4
+    generator, policy = build_model(), build_model()
+    policy.load_state_dict(snapshot.parameters)
+    weights = weights_before[1]
+    row_losses, row_tokens, row_nll, num_clipped = [], [], [], 0
+    for of_row in responses:
+        sums, counts, means, nll = [], [], [], []
+        for response in of_row:
+            now = _token_log_probs(policy, response.prompt_ids, response.completion_ids)
+            with torch.no_grad():
+                then = _token_log_probs(generator, response.prompt_ids, response.completion_ids)
+            torch.testing.assert_close(torch.tensor(response.log_probs), then, rtol=1e-4, atol=1e-5)
+            log_ratio = now.detach() - then
+            if level == "sequence":
+                log_ratio = log_ratio.mean().expand(len(log_ratio))
+            ratio = log_ratio.exp().clamp(max=clip)
+            num_clipped += int((log_ratio.exp() > clip).sum())
+            sums.append(-(ratio * now).sum())
+            means.append(-(ratio * now).mean())
+            nll.append(-now.detach().mean())
+            counts.append(len(now))
+        row_losses.append(sum(sums) / 2 if normalization == "token" else sum(means) / 2)
+        row_tokens.append(sum(counts) / 2)
+        row_nll.append(sum(nll) / 2)
+    if level == "token":
+        assert 0 < num_clipped < 8 * 6, "the test needs ratios on both sides of the limit"
+    weighted = sum(weight * loss for weight, loss in zip(weights, row_losses, strict=True))
+    training = weighted / (sum(row_tokens) if normalization == "token" else 4)
+
+    stream = trainer._get_paired_sampler(trainer.get_train_dataloader().dataset).validation_stream
+    validation_sums, validation_tokens = [], []
+    for index in stream.rows(3, 6):
+        row = trainer.validation_dataset[index]
+        start = row["labels"].count(-100)
+        validation_sums.append(-_token_log_probs(policy, row["input_ids"][:start], row["input_ids"][start:]).sum())
+        validation_tokens.append(len(row["input_ids"]) - start)
+    if normalization == "token":
+        validation = sum(validation_sums) / sum(validation_tokens)
+    else:
+        validation = sum(s / n for s, n in zip(validation_sums, validation_tokens, strict=True)) / 3
+    loss = 0.4 * validation + 0.6 * training
+    loss.backward()
+    assert _logged(trainer, "loss")[1] == pytest.approx(loss.item(), abs=1e-5)
+    expected = {name: (value - 0.5 * value.grad).detach() for name, value in policy.named_parameters()}
+    torch.testing.assert_close(dict(trainer.model.named_parameters()), expected, rtol=1e-4, atol=1e-5)
+
+    # The selector follows the likelihood of the responses itself, without the ratios
+    means = torch.tensor(row_nll)
+    baseline = (weights * means).sum() / weights.sum()
+    torch.testing.assert_close(
+        trainer.data_selector.logits[4:8], logits_before[1] - 2.0 * (means - baseline), rtol=1e-4, atol=1e-5
+    )
+    assert _logged(trainer, "refine/row_ratio") == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_ratio_is_one_while_the_policy_stands_still(make_trainer, build_model, tokenizer, family, padding):
+    """Invariant 4; with labels shifted twice, or log-probabilities of a sampler, it would not be."""
+    trainer = make_trainer(
+        model=build_model(family), learning_rate=0.0, max_steps=6, **REFINE, loss_normalization="row",
+        data_collator=left_padding_collator(tokenizer.pad_token_id) if padding == "left" else None,
+    )  # fmt: skip
+    trainer.train()
+    ratios = _logged(trainer, "refine/importance_ratio")
+    assert len(ratios) == 5  # from the second step on
+    assert ratios == pytest.approx([1.0] * 5, abs=1e-5)
+    assert _logged(trainer, "refine/effective_sample_ratio") == pytest.approx([1.0] * 5, abs=1e-5)
+    assert _logged(trainer, "refine/clip_ratio") == [0.0] * 5
+    # The responses' plain likelihood is what was stored
+    model = build_model(family).eval()
+    for response in trainer.response_store.table().to_pylist()[:6]:
+        with torch.no_grad():
+            expected = _token_log_probs(model, response["prompt_ids"], response["completion_ids"])
+        torch.testing.assert_close(torch.tensor(response["log_probs"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ratio_is_one_on_a_4bit_model(make_trainer, build_model, tmp_path):
+    build_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(model=model, peft_config=lora, learning_rate=0.0, max_steps=6, **REFINE)
+    trainer.train()
+    ratios = _logged(trainer, "refine/importance_ratio")
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-3)
+    assert len(ratios) == 5
+
+
+def test_ratios_of_a_prompt_that_shows_the_answer_start_elsewhere(make_trainer, build_model, tokenizer):
+    """The ratio is to the policy under the prompt that generated; the response is trained on the bare question."""
+    trainer = make_trainer(
+        learning_rate=0.0, max_steps=4, **{**REFINE, "refine_every_steps": 100},
+        refine_prompt_template=IMPROVE_ANSWER_TEMPLATE,
+    )  # fmt: skip
+    trainer.train()
+    responses = trainer.response_store.table().to_pylist()
+    model = build_model().eval()
+    for response in responses[:4]:
+        row = trainer._source_dataset[response["row"]]
+        assert tokenizer.decode(response["prompt_ids"]) == row["prompt"]
+        asked = tokenizer(
+            f"{row['prompt']}\n\nHere is an answer that may be wrong or poor:\n\n{row['completion']}\n\n"
+            "Write a better answer to the same question. Give the answer only."
+        )["input_ids"]
+        with torch.no_grad():
+            expected = _token_log_probs(model, asked, response["completion_ids"])
+        torch.testing.assert_close(torch.tensor(response["log_probs"]), expected, rtol=1e-4, atol=1e-4)
+    assert any(abs(ratio - 1) > 1e-4 for ratio in _logged(trainer, "refine/importance_ratio"))
+
+
+def test_every_refresh_replaces_the_responses(make_trainer):
+    """The public code looks a row's response up once; later refreshes never reach it."""
+    trainer = make_trainer(**{**REFINE, "refine_mode": "random", "refine_ratio": 1.0}, max_steps=12)
+    batches = []
+    compute_loss = trainer.compute_loss
+
+    def record(model, inputs, *args, **kwargs):
+        rows = inputs["step_rows"]
+        batches.append([span.log_probs for span in rows.refined_spans if span is not None])
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = record
+    trainer.train()
+    table = trainer.response_store.table().to_pylist()
+    assert sorted({response["step"] for response in table}) == [0, 3, 6, 9]
+    for step, batch in enumerate(batches):
+        newest = (step - 1) // 3 * 3  # a batch is collated a step ahead
+        stored = [response["log_probs"] for response in table if response["step"] <= newest]
+        of_newest = [response["log_probs"] for response in table if response["step"] == newest]
+        assert all(log_probs in stored for log_probs in batch)
+        assert step == 0 or any(log_probs in of_newest for log_probs in batch)
+    assert batches[0] == []
+
+
+@pytest.mark.parametrize("mode", ["lowest_weight", "random"])
+def test_answers_that_proved_good_are_left_alone(make_trainer, mode):
+    trainer = make_trainer(**{**REFINE, "refine_mode": mode, "refine_ratio": 1.0, "refine_start_step": 7}, max_steps=9)
+    good = []
+    choose = trainer.refiner.refresh
+
+    def record(store, step, candidates):
+        good.append(trainer.data_selector.proved_good)
+        return choose(store, step, candidates)
+
+    trainer.refiner.refresh = record
+    trainer.train()
+    asked = {response["row"] for response in trainer.response_store.table().to_pylist()}
+    assert len(good) == 1
+    assert 0 < good[0].sum() < 24
+    assert asked == set((~good[0]).nonzero().flatten().tolist())
+
+
+def test_bmo_weighs_new_answers_at_once(make_trainer):
+    """No selector has to learn them: the step that first sees them weighs by their loss."""
+    trainer = make_trainer(
+        selection_method="bmo", **{**REFINE, "refine_ratio": 1.0, "refine_temperature": 0.0,
+                                   "num_refined_responses": 1},
+        learning_rate=0.0, max_steps=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    table = {response["row"]: response for response in trainer.response_store.table().to_pylist()}
+    losses = torch.tensor([-sum(table[row]["log_probs"]) / len(table[row]["log_probs"]) for row in range(4, 8)])
+    expected = closed_form_log_weights(losses, 1.0)
+    torch.testing.assert_close(trainer.data_selector.logits[4:8], expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- Guard rails ----
+def _answering(trainer, answer):
+    """Let every question be answered by the same tokens."""
+    group_size = trainer.args.num_refined_responses
+    trainer.refiner.generator.generate = lambda prompts, seed: [answer for _ in prompts for _ in range(group_size)]
+
+
+def test_truncated_responses_are_counted_and_not_used(make_trainer):
+    trainer = make_trainer(**{**REFINE, "refine_discard_flawed": True}, max_steps=5)
+    _answering(trainer, trainer.processing_class(" and on and on")["input_ids"][:6])
+    trainer.train()
+    assert _logged(trainer, "refine/truncated_ratio") == [1.0, 1.0]
+    assert _logged(trainer, "refine/used_ratio") == [0.0, 0.0]
+    assert set(_logged(trainer, "refine/row_ratio")) == {0.0}
+    curated = trainer.curate()
+    assert set(curated["response_source"]) == {"original"}
+    assert set(curated["original_completion"]) == {None}
+    assert curated["completion"] == trainer._source_dataset["completion"]
+    assert sum(len(responses) for responses in curated["refined_responses"]) == 2 * 12 * 2
+
+
+def test_collapse_is_warned_of(make_trainer, caplog):
+    trainer = make_trainer(**REFINE, max_steps=2)
+    _answering(trainer, [*trainer.processing_class(" same")["input_ids"], trainer.processing_class.eos_token_id])
+    trainer.train()
+    assert "answers all 12 refined questions alike, by ' same'" in caplog.text
+
+
+def test_reward_functions_accept_and_reject(make_trainer):
+    def even_rows(prompts, completions, **kwargs):
+        assert all(isinstance(completion, str) for completion in completions)
+        return [1.0 if int(prompt.split()[1]) % 2 == 0 else 0.0 for prompt in prompts]
+
+    trainer = make_trainer(**REFINE, max_steps=3, reward_funcs=even_rows)
+    trainer.train()
+    for response in trainer.response_store.table().to_pylist():
+        assert response["used"] == (response["row"] % 2 == 0)
+        if not response["used"]:
+            assert response["flaw"] in ("rejected", "truncated", "empty")
+
+
+def test_bad_setups_are_refused_before_training(make_trainer, train_dataset):
+    with pytest.raises(ValueError, match="no effect without refinement"):
+        make_trainer(reward_funcs=lambda **kwargs: [])
+    with pytest.raises(ValueError, match="by itself"):
+        make_trainer(data_collator=SelfRefiningCollator(lambda rows: {}))
+    text = Dataset.from_list([{"text": f"{row['prompt']}{row['completion']}"} for row in train_dataset])
+    with pytest.raises(ValueError, match="language-modeling rows"):
+        make_trainer(**REFINE, train_dataset=text, validation_dataset=text.select(range(8)).map(_other))
+
+
+def _other(row):
+    return {"text": "trusted " + row["text"]}
+
+
+def test_collator_that_shortens_responses_is_refused(make_trainer, tokenizer):
+    whole = left_padding_collator(tokenizer.pad_token_id)
+
+    def shortening(rows):
+        return {name: value[:, :-1] for name, value in whole(rows).items()}
+
+    trainer = make_trainer(**REFINE, max_steps=4, data_collator=shortening)
+    with pytest.raises(ValueError, match="tokens of a refined response"):
+        trainer.train()
+
+
+# ---- Recovery ----
+RECOVERY = {
+    **REFINE,
+    "refine_start_step": 2,
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def _assert_same_run(first, second):
+    assert torch.equal(first.data_selector.weights(), second.data_selector.weights())
+    assert first.curate().to_dict() == second.curate().to_dict()
+    torch.testing.assert_close(_parameters(first.model), _parameters(second.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [({}, (1, 2, 3, 5, 6, 9)), ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, (2, 5, 6)),
+     ({"dataloader_num_workers": 2}, (2, 5)),
+     ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}, (2, 5)),
+     ({"selection_method": "bmo", "gradient_accumulation_steps": 2}, (3,))],
+    ids=["plain", "accumulation", "workers", "persistent workers", "bmo"],
+)  # fmt: skip
+def test_resumed_run_equals_the_unbroken_one(make_trainer, options, stops):
+    """Invariant 6, before, at and after refreshes, with batches that were collated ahead."""
+
+    # Persistent workers draw no new seed for the second epoch, which shifts the numbers that dropout gets, also in SFT
+    dropout = 0.0 if options.get("dataloader_persistent_workers") else 0.2
+
+    def make(**more):
+        return make_trainer(peft_config=_lora(dropout), **{**RECOVERY, **options}, **more)
+
+    unbroken = make()
+    unbroken.train()
+    assert any(source == "refined" for source in unbroken.curate()["response_source"])
+    for stop_at in stops:
+        resumed = make(output_dir=f"{unbroken.args.output_dir}-{stop_at}")
+        resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-{stop_at}")
+        _assert_same_run(resumed, unbroken)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_run_killed_within_a_refresh_generates_only_what_is_missing(make_trainer):
+    options = {**RECOVERY, "refine_batch_size": 4, "refine_ratio": 0.5}
+    unbroken = make_trainer(**options)
+    unbroken.train()
+
+    broken = make_trainer(**options, output_dir=unbroken.args.output_dir + "-killed")
+    generate = broken.refiner.generator.generate
+    calls = []
+
+    def killed_at_the_second_batch_of_the_second_refresh(prompts, seed):
+        calls.append(len(prompts))
+        if len(calls) == 5:  # 12 questions: 3 batches a refresh
+            raise _Killed
+        return generate(prompts, seed)
+
+    broken.refiner.generator.generate = killed_at_the_second_batch_of_the_second_refresh
+    with pytest.raises(_Killed):
+        broken.train()
+
+    resumed = make_trainer(**options, output_dir=broken.args.output_dir)
+    generate_again = resumed.refiner.generator.generate
+    again = []
+
+    def count(prompts, seed):
+        again.append(len(prompts))
+        return generate_again(prompts, seed)
+
+    resumed.refiner.generator.generate = count
+    resumed.train(resume_from_checkpoint=True)
+    _assert_same_run(resumed, unbroken)
+    assert len(again) == 2 + 3  # the two missing batches, and the third refresh
+
+
+def test_refresh_after_the_last_checkpoint_is_not_generated_again(make_trainer, monkeypatch):
+    options = {**RECOVERY, "save_steps": 4}
+    unbroken = make_trainer(**options)
+    unbroken.train()
+
+    broken = make_trainer(**options, output_dir=unbroken.args.output_dir + "-killed")
+    step = broken.training_step
+
+    def killed(*args, **kwargs):
+        if broken.state.global_step == 7:  # after the refresh of step 5, before the checkpoint of step 8
+            raise _Killed
+        return step(*args, **kwargs)
+
+    broken.training_step = killed
+    with pytest.raises(_Killed):
+        broken.train()
+
+    resumed = make_trainer(**options, output_dir=broken.args.output_dir)
+    steps = []
+    answer = resumed.refiner._answer
+    resumed.refiner._answer = lambda questions, step, *rest: steps.append(step) or answer(questions, step, *rest)
+    resumed.train(resume_from_checkpoint=True)
+    assert 5 not in steps
+    assert 8 in steps
+    _assert_same_run(resumed, unbroken)
+
+
+def test_changed_settings_are_not_mixed_with_what_was_generated_before(make_trainer):
+    options = {**RECOVERY, "save_steps": 4}
+    first = make_trainer(**options)
+    first.train()
+    again = make_trainer(**{**options, "refine_temperature": 0.5}, output_dir=first.args.output_dir)
+    again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-4")
+    for response in again.response_store.table().to_pylist():
+        temperature = json.loads(response["settings"])["refine_temperature"]
+        assert temperature == (1.0 if response["step"] < 4 else 0.5)
+
+
+def test_checkpoint_holds_every_response_and_its_origin(make_trainer):
+    trainer = make_trainer(**RECOVERY)
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-12"
+    store = ResponseStore.load(checkpoint, checkpoint / "elsewhere")
+    assert store.table().equals(trainer.response_store.table())
+    for response in store.table().to_pylist():
+        assert response["step"] in (2, 5, 8)  # one at 11 would reach no batch
+        assert len(response["log_probs"]) == len(response["completion_ids"])
+        assert json.loads(response["settings"])["refine_max_new_tokens"] == 6
+        assert response["weight"] > 0
+
+
+def test_training_again_starts_from_the_original_answers(make_trainer):
+    trainer = make_trainer(**REFINE, max_steps=4)
+    trainer.train()
+    first = trainer.response_store.folder
+    trainer.train()
+    assert trainer.response_store.folder != first
+    assert first.is_dir()
+    assert _logged(trainer, "refine/row_ratio")[0] == 0.0
+
+
+# ---- What comes out ----
+def _curated(make_trainer, tokenizer, rows, trusted, **options):
+    trainer = make_trainer(
+        train_dataset=Dataset.from_list(rows), validation_dataset=Dataset.from_list(trusted), max_steps=4,
+        **{**REFINE, "refine_ratio": 1.0, **options},
+    )  # fmt: skip
+    answer = tokenizer("fine", add_special_tokens=False)["input_ids"]
+    _answering(trainer, [*answer, tokenizer.eos_token_id])
+    trainer.train()
+    return trainer.curate()
+
+
+def _chat(number, answer):
+    return [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]
+
+
+def test_curated_messages_have_a_new_last_answer(make_trainer, tokenizer):
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"messages": [system, *_chat(row, "yes"), *_chat(row, f"old {row}")]} for row in range(8)]
+    curated = _curated(make_trainer, tokenizer, rows, [{"messages": _chat(row, "sure")} for row in range(8)])
+    assert curated.column_names[0] == "messages"
+    for row, (before, after) in enumerate(zip(rows, curated, strict=True)):
+        assert after["response_source"] == "refined"
+        assert after["messages"][:-1] == before["messages"][:-1]
+        assert after["messages"][-1] == {"role": "assistant", "content": "fine"}
+        assert after["original_completion"] == f"old {row}"
+
+
+def test_curated_conversations_have_a_new_completion(make_trainer, tokenizer):
+    chats = [_chat(row, f"old {row}") for row in range(8)]
+    rows = [{"id": row, "prompt": chat[:1], "completion": chat[1:], "note": "kept"} for row, chat in enumerate(chats)]
+    trusted = [{"prompt": chat[:1], "completion": chat[1:]} for chat in (_chat(row, "sure") for row in range(8))]
+    curated = _curated(make_trainer, tokenizer, rows, trusted)
+    assert curated.column_names[:4] == ["id", "prompt", "completion", "note"]
+    assert curated[3]["completion"] == [{"role": "assistant", "content": "fine"}]
+    assert curated[3]["original_completion"] == [{"role": "assistant", "content": "old 3"}]
+    assert curated["note"] == ["kept"] * 8
+
+
+def test_curated_tokens_have_a_new_answer(make_trainer, tokenizer):
+    rows = [{"input_ids": [40 + row, 50, 60, 1], "labels": [-100, -100, 60, 1]} for row in range(8)]
+    trusted = [{"input_ids": [70 + row, 50, 61, 1], "labels": [-100, -100, 61, 1]} for row in range(8)]
+    curated = _curated(make_trainer, tokenizer, rows, trusted)
+    answer = [*tokenizer("fine")["input_ids"], tokenizer.eos_token_id]
+    assert curated[2]["input_ids"] == [42, 50, *answer]
+    assert curated[2]["labels"] == [-100, -100, *answer]
+    assert curated[2]["original_completion"] == [60, 1]
+
+
+def test_curated_text_trains_plain_trl_and_survives_parquet(make_trainer, tokenizer, tmp_path):
+    rows = list(prompt_completion_rows(8))
+    curated = _curated(make_trainer, tokenizer, rows, list(prompt_completion_rows(8, 1000)))
+    assert curated["completion"] == ["fine"] * 8
+    assert curated["original_completion"] == [row["completion"] for row in rows]
+    curated.to_parquet(tmp_path / "curated.parquet")
+    again = Dataset.from_parquet(str(tmp_path / "curated.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert again.to_dict() == curated.to_dict()
+    responses = again[0]["refined_responses"]
+    assert len(responses) == 2 * 2 or len(responses) == 2
+    assert math.isfinite(responses[0]["log_prob"])
+    assert responses[0]["log_prob"] < 0
+    assert responses[0]["text"] == "fine"
+
+
+def test_two_answers_are_settled_by_vote(make_trainer, tokenizer):
+    trainer = make_trainer(**{**REFINE, "refine_ratio": 1.0, "num_refined_responses": 3}, max_steps=2)
+    answers = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("lone", "fine", "fine")]
+    trainer.refiner.generator.generate = lambda prompts, seed: [answer for _ in prompts for answer in answers]
+    trainer.train()
+    assert set(trainer.curate()["completion"]) == {"fine"}

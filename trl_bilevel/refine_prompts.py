@@ -1,0 +1,215 @@
+"""What the model is asked when a row's answer is regenerated: the tokens before the last assistant turn."""
+
+import json
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from jinja2.sandbox import SandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import _tokenize, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
+
+
+_ROWS_TO_TRY = 100
+_ANSWERING_ROLES = ("assistant", "gpt", "model")  # TRL keeps the roles of other formats
+
+
+class Question(NamedTuple):
+    """A row to answer anew."""
+
+    row: int
+    """Its position in the training dataset."""
+    prompt_ids: list[int]
+    """Tokens that training puts before the answer."""
+    generation_ids: list[int]
+    """Tokens that the model is asked with; the same without a prompt template."""
+    prompt: Any
+    """Text or messages, as reward functions of TRL take them."""
+    original: str
+    """Text of the original answer."""
+    columns: dict[str, Any]
+    """The row itself."""
+
+    def completion(self, text: str) -> Any:
+        """A response in the form of the prompt: text or messages."""
+        return [{"role": "assistant", "content": text}] if isinstance(self.prompt, list) else text
+
+
+def check_refinable(reader: "QuestionReader", has_formatting_func: bool) -> None:
+    """
+    Check that the rows of a dataset have a prompt, by the first of them.
+
+    Raises:
+        `ValueError`: for language-modeling rows, which have none, and for tokenized rows with a prompt template.
+    """
+    row = reader.dataset[0]
+    if "input_ids" in row:
+        if "labels" not in row and "completion_mask" not in row:
+            raise ValueError(
+                "`refine_ratio` needs rows with a prompt, but these have `input_ids` without `labels` or "
+                "`completion_mask`, which would tell where the answer starts. Add one of them."
+            )
+        if reader.template is not None:
+            raise ValueError(
+                "`refine_prompt_template` needs the text of the rows, but these are tokenized already. Pass them to "
+                "BilevelSFTTrainer as text, or leave the template out."
+            )
+    elif has_formatting_func or not ("prompt" in row or is_conversational_from_value(row) or is_conversational(row)):
+        raise ValueError(
+            "`refine_ratio` needs rows with a prompt to answer anew, but these are language-modeling rows (columns "
+            f"{sorted(row)}{', formatted by `formatting_func`' if has_formatting_func else ''}). Use rows with "
+            "`prompt` and `completion`, or `messages`; or `refine_ratio=0`."
+        )
+    num_tried = min(_ROWS_TO_TRY, len(reader.dataset))
+    if all(reader.read(index) is None for index in range(num_tried)):
+        raise ValueError(
+            f"None of the first {num_tried} rows can be refined: they do not end with an assistant message in text "
+            "after a prompt, or the loss covers the prompt too. Use `prompt` and `completion`, or `messages` (in a "
+            "plain SFTTrainer with `assistant_only_loss=True`)."
+        )
+
+
+class QuestionReader:
+    """
+    Reads questions from the training rows.
+
+    Args:
+        dataset (`datasets.Dataset`): the rows as the user passed them.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        chat_template (`str`, *optional*): instead of the tokenizer's own.
+        prompt_template (`str`, *optional*): see [`~trl_bilevel.refinement_config.RefinementConfig`].
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        prompt_template: str | None,
+    ):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.template = None if prompt_template is None else SandboxedEnvironment().from_string(prompt_template)
+
+    def read(self, row: int) -> Question | None:
+        """The question of a row, or `None` if it does not end with an answer in text, but for instance a tool call."""
+        columns = self.dataset[row]
+        if "input_ids" in columns:
+            return self._tokenized_question(row, columns)
+        messages_row = maybe_convert_to_chatml(columns) if is_conversational_from_value(columns) else columns
+        if is_conversational(messages_row):
+            messages = (
+                messages_row["messages"]
+                if "messages" in messages_row
+                else [*messages_row["prompt"], *messages_row["completion"]]
+            )
+            return self._conversation(row, columns, messages)
+        prompt, original = columns["prompt"], columns["completion"]
+        asked = prompt if self.template is None else self.template.render(prompt=prompt, completion=original)
+        prompt_ids = self._tokens(prompt)
+        generation_ids = prompt_ids if self.template is None else self._tokens(asked)
+        return Question(row, prompt_ids, generation_ids, prompt, original, columns)
+
+    def _conversation(self, row: int, columns: dict[str, Any], messages: list[dict[str, Any]]) -> Question | None:
+        if (
+            len(messages) < 2
+            or messages[-1]["role"] not in _ANSWERING_ROLES
+            or not isinstance(messages[-1]["content"], str)
+        ):
+            return None
+        *prompt, answer = messages
+        tools = columns.get("tools")
+        options = {
+            "add_generation_prompt": True,
+            "chat_template": self.chat_template,
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+            **(columns.get("chat_template_kwargs") or {}),
+        }
+        prompt_ids = self._tokens(prompt, **options)
+        generation_ids = prompt_ids
+        if self.template is not None:
+            asked = self.template.render(prompt=prompt[-1]["content"], completion=answer["content"])
+            generation_ids = self._tokens([*prompt[:-1], {**prompt[-1], "content": asked}], **options)
+        return Question(row, prompt_ids, generation_ids, prompt, answer["content"], columns)
+
+    def _tokenized_question(self, row: int, columns: dict[str, Any]) -> Question | None:
+        tokens = list(columns["input_ids"])
+        if "labels" in columns:
+            is_answer = [label != -100 for label in columns["labels"]]
+        else:
+            is_answer = [bool(bit) for bit in columns["completion_mask"]]
+        start = start_of_last_answer(is_answer)
+        if start == 0:
+            return None
+        prompt_ids, answer_ids = tokens[:start], tokens[start:]
+        return Question(
+            row,
+            prompt_ids,
+            prompt_ids,
+            self.tokenizer.decode(prompt_ids),
+            decode_response(self.tokenizer, prompt_ids, answer_ids),
+            columns,
+        )
+
+    def _tokens(self, prompt: Any, **options: Any) -> list[int]:
+        return list(_tokenize(self.tokenizer, prompt, **options)["input_ids"])
+
+
+def start_of_last_answer(is_answer: list[bool]) -> int:
+    """
+    Where the last run of answer tokens starts; 0 if there is none.
+
+    Example:
+
+    ```python
+    >>> start_of_last_answer([False, True, False, False, True, True, False])
+    4
+
+    ```
+    """
+    position = len(is_answer)
+    while position > 0 and not is_answer[position - 1]:
+        position -= 1
+    while position > 0 and is_answer[position - 1]:
+        position -= 1
+    return position
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], completion_ids: list[int]) -> str:
+    """
+    Text of a response, without special tokens.
+
+    It is cut from the text of prompt and response together: some tokenizers drop the space before a text's first word.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    prompt = tokenizer.decode(prompt_ids, **options)
+    whole = tokenizer.decode([*prompt_ids, *completion_ids], **options)
+    return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(completion_ids, **options)
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, eos_token_ids: Any, chat_template: str | None, row: dict[str, Any]
+) -> list[int]:
+    """
+    Tokens that end a response: the tokenizer's and the model's, and what the chat template puts after an answer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        eos_token_ids (`int` or `list[int]`, *optional*): of the model's generation config.
+        chat_template (`str`, *optional*): instead of the tokenizer's own.
+        row (`dict`): a training row, to tell whether the chat template applies.
+    """
+    ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    template = chat_template or tokenizer.chat_template
+    if template is not None and ("input_ids" in row or is_conversational(row) or is_conversational_from_value(row)):
+        marker = "an answer"
+        messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+        after = tokenizer(text.rpartition(marker)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        # Tokenized rows may be of another format
+        fits = "input_ids" not in row or set(after[:1]) <= set(row["input_ids"])
+        if after and after[0] in tokenizer.added_tokens_encoder.values() and fits:
+            ids.append(after[0])
+    return sorted(set(ids))

@@ -1,0 +1,239 @@
+"""
+Where refined responses are kept: files that are written whole or not at all, and never changed.
+
+Data loading workers read the same files, mapped into memory, so a refresh reaches them without a restart, and a killed
+run finds everything it had generated.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.feather
+import pyarrow.parquet
+
+
+CHECKPOINT_FILE_NAME = "_refined_responses.parquet"
+"""In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`."""
+FOLDER_NAME = "_refined_responses"
+"""In the output folder: a folder per run, where responses are written as soon as they are generated."""
+
+RESPONSE_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),  # the question: its position in the training dataset
+        "step": pa.int64(),  # optimizer steps done before it was generated
+        "response": pa.int32(),  # 0 to G - 1
+        "used": pa.bool_(),  # whether it replaces the original answer
+        "flaw": pa.string(),  # null if none was found, see `response_checks`
+        "text": pa.string(),
+        "prompt_ids": pa.list_(pa.int32()),  # that training puts before the response
+        "completion_ids": pa.list_(pa.int32()),
+        "log_probs": pa.list_(pa.float32()),  # of the completion under the model and prompt that generated it, in nats
+        "weight": pa.float64(),  # of the question when it was chosen, mean 1; null without a selector
+        "settings": pa.string(),  # of the generation, JSON
+    }
+)
+_REFRESH_FILE = re.compile(r"refresh-(\d+)\.arrow")
+
+
+class RefinedResponse(NamedTuple):
+    """A response that takes the place of a row's original answer."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    log_probs: list[float]
+    """Of the completion's tokens under the policy and prompt that generated them, in nats."""
+
+
+class RefreshPlan(NamedTuple):
+    """What a refresh set out to do, written down before its first response."""
+
+    rows: list[int]
+    """Questions, positions in the training dataset."""
+    weights: list[float] | None
+    """Of the questions when they were chosen; `None` without a selector."""
+    settings: dict[str, Any]
+    """Of the generation."""
+    batch_size: int
+    """Questions per batch: a batch is generated as a whole."""
+
+
+class _Refresh(NamedTuple):
+    step: int
+    table: pa.Table
+    used: dict[int, list[int]]
+    """Lines of the table to use for a row."""
+
+
+class ResponseStore:
+    """
+    The refined responses of a run, one file per refresh.
+
+    Args:
+        folder (`str` or `os.PathLike`): of this run alone; created with the first file.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._refreshes: list[_Refresh] = []  # by step
+        self._read_up_to = -1  # a refresh no later than this is here, or will never be
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To a data loading worker, which maps the files itself
+        return {"folder": self.folder, "_refreshes": [], "_read_up_to": -1}
+
+    def go_on_as(self, other: "ResponseStore") -> None:
+        """Become another store, for all who hold this one."""
+        self.__dict__.update(other.__dict__)
+
+    def read_new_files(self, up_to_step: int) -> None:
+        """Map the files of refreshes that are complete, no later than a step, and not read yet."""
+        if up_to_step <= self._read_up_to or not self.folder.is_dir():
+            return
+        known = {refresh.step for refresh in self._refreshes}
+        steps = [int(match[1]) for name in os.listdir(self.folder) if (match := _REFRESH_FILE.fullmatch(name))]
+        for step in sorted(set(steps) - known):
+            if step <= up_to_step:
+                self._add(step, pyarrow.feather.read_table(self._refresh_path(step), memory_map=True))
+        self._read_up_to = up_to_step
+
+    def _add(self, step: int, table: pa.Table) -> None:
+        used: dict[int, list[int]] = {}
+        rows = table.column("row").to_numpy()
+        for line in np.flatnonzero(table.column("used").to_numpy()).tolist():
+            used.setdefault(int(rows[line]), []).append(line)
+        self._refreshes.append(_Refresh(step, table, used))
+        self._refreshes.sort(key=lambda refresh: refresh.step)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the newest refresh, -1 before the first."""
+        return self._refreshes[-1].step if self._refreshes else -1
+
+    def responses_of(self, row: int, up_to_step: int) -> list[RefinedResponse]:
+        """The responses to use for a row: the newest that were generated no later than a step. Empty: the original."""
+        for refresh in reversed(self._refreshes):
+            if refresh.step <= up_to_step and row in refresh.used:
+                columns = [refresh.table.column(name) for name in RefinedResponse._fields]
+                return [RefinedResponse(*(column[line].as_py() for column in columns)) for line in refresh.used[row]]
+        return []
+
+    def used_rows(self) -> set[int]:
+        """Rows whose original answer has been replaced."""
+        return {row for refresh in self._refreshes for row in refresh.used}
+
+    def table(self) -> pa.Table:
+        """All responses, of the columns of `RESPONSE_SCHEMA`, oldest first."""
+        return pa.concat_tables(
+            [RESPONSE_SCHEMA.empty_table(), *(refresh.table.cast(RESPONSE_SCHEMA) for refresh in self._refreshes)]
+        )
+
+    # ---- A refresh, as it goes on ----
+    def read_plan(self, step: int) -> RefreshPlan | None:
+        """What an interrupted refresh at this step set out to do."""
+        path = self._plan_path(step)
+        return RefreshPlan(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write_plan(self, step: int, plan: RefreshPlan) -> None:
+        """Begin a refresh. What an earlier one at this step left behind is thrown away: it was another plan's."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"refresh-{step:08d}-part-*.arrow"):
+            path.unlink()
+        self._refresh_path(step).unlink(missing_ok=True)
+        _write_whole(self._plan_path(step), lambda path: path.write_text(json.dumps(plan._asdict())))
+
+    def read_part(self, step: int, part: int) -> pa.Table | None:
+        """Responses of one batch of a refresh, if they were generated before."""
+        path = self._part_path(step, part)
+        return pyarrow.feather.read_table(path) if path.is_file() else None
+
+    def write_part(self, step: int, part: int, responses: pa.Table) -> None:
+        """Keep the responses of one batch, before the whole refresh is done."""
+        write_table(self._part_path(step, part), responses)
+
+    def read_refresh(self, step: int) -> pa.Table | None:
+        """The responses of a refresh that is complete."""
+        return pyarrow.feather.read_table(self._refresh_path(step)) if self.has_refresh(step) else None
+
+    def has_refresh(self, step: int) -> bool:
+        """Whether a refresh of this run at this step is complete, maybe from before the run was interrupted."""
+        return self._refresh_path(step).is_file()
+
+    def write_refresh(self, step: int, responses: pa.Table, parts: int) -> None:
+        """Make a refresh visible, to this process with the next `read_new_files` and to all workers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_table(self._refresh_path(step), responses)
+        for part in range(parts):
+            self._part_path(step, part).unlink(missing_ok=True)
+
+    def _plan_path(self, step: int) -> Path:
+        return self.folder / f"refresh-{step:08d}.json"
+
+    def _refresh_path(self, step: int) -> Path:
+        return self.folder / f"refresh-{step:08d}.arrow"
+
+    def _part_path(self, step: int, part: int) -> Path:
+        return self.folder / f"refresh-{step:08d}-part-{part:06d}.arrow"
+
+    # ---- Checkpoints ----
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write all responses to `_refined_responses.parquet` in an existing directory."""
+        table = self.table().replace_schema_metadata({"run": self.folder.name})
+        _write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, parent: str | os.PathLike) -> "ResponseStore":
+        """
+        Go on with the responses of a checkpoint.
+
+        Args:
+            directory (`str` or `os.PathLike`): of the checkpoint.
+            parent (`str` or `os.PathLike`): holds the folders of runs. What the run's own folder has of refreshes
+                after the checkpoint stays there.
+
+        Raises:
+            `FileNotFoundError`: if the checkpoint has no responses.
+            `ValueError`: if the file is damaged.
+        """
+        path = Path(directory) / CHECKPOINT_FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so the refined responses cannot be restored. Resume from a checkpoint that "
+                "was written with `refine_ratio` above 0, or train from the start."
+            )
+        try:
+            table = pyarrow.parquet.read_table(path)
+            run = table.schema.metadata[b"run"].decode()
+            table = table.cast(RESPONSE_SCHEMA)
+        except (pa.ArrowException, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another one.") from error
+        if not re.fullmatch(r"[0-9a-f]+", run):
+            raise ValueError(f"{path} is damaged and cannot be read (it names the run {run!r}).")
+        store = cls(Path(parent) / run)
+        for step in table.column("step").unique().to_pylist():
+            refresh = table.filter(pa.compute.equal(table.column("step"), step)).combine_chunks()
+            path = store._refresh_path(step)
+            if not path.is_file() or not pyarrow.feather.read_table(path).equals(refresh):
+                store.write_refresh(step, refresh, parts=0)
+            store.read_new_files(step)
+        return store
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow file that can be mapped into memory, whole or not at all."""
+    _write_whole(path, lambda partial: pyarrow.feather.write_feather(table, partial, compression="uncompressed"))
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    # Several processes may write the same file, each under a name of its own until it is whole
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""Refined answers in the user's own format: text, messages or tokens."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from .refine_prompts import start_of_last_answer
+from .refined_responses import RESPONSE_SCHEMA
+from .refinement import mean_log_prob
+from .response_checks import answer_to_keep
+
+
+ORIGINAL_COLUMN = "original_completion"
+RESPONSES_COLUMN = "refined_responses"
+_TEMPORARY = "bilevel_refined_column"
+_TOKEN_MASKS = ("completion_mask", "assistant_masks")
+_RESPONSE_FIELDS = ("step", "response", "used", "flaw", "text", "weight", "log_prob", "settings")
+
+
+def original_answer(columns: dict[str, Any]) -> Any:
+    """What a refined answer replaces: text, the completion's messages, the last message's text, or tokens."""
+    if "input_ids" in columns:
+        return list(columns["input_ids"])[_answer_start(columns) :]
+    if "completion" in columns:
+        return columns["completion"]
+    message = _messages(columns)[1][-1]
+    return message[_content_key(message)]
+
+
+def with_answer(columns: dict[str, Any], text: str, completion_ids: list[int]) -> dict[str, Any]:
+    """
+    The columns of a row that change when its last answer is replaced.
+
+    Args:
+        columns (`dict`): the row, in any format that can be refined.
+        text (`str`): the new answer.
+        completion_ids (`list[int]`): its tokens, for a tokenized row.
+
+    Example:
+
+    ```python
+    >>> with_answer({"prompt": "1 + 1 =", "completion": " 3"}, " 2", [])
+    {'completion': ' 2'}
+    >>> with_answer({"input_ids": [7, 8, 3], "labels": [-100, -100, 3]}, "2", [2, 9])
+    {'input_ids': [7, 8, 2, 9], 'labels': [-100, -100, 2, 9]}
+
+    ```
+    """
+    if "input_ids" in columns:
+        start = _answer_start(columns)
+        prompt_ids = list(columns["input_ids"])[:start]
+        changed: dict[str, Any] = {"input_ids": prompt_ids + completion_ids}
+        if "labels" in columns:
+            changed["labels"] = [-100] * start + completion_ids
+        for name in _TOKEN_MASKS:
+            if name in columns:
+                changed[name] = [0] * start + [1] * len(completion_ids)
+        if "attention_mask" in columns:
+            changed["attention_mask"] = [1] * (start + len(completion_ids))
+        return changed
+    if isinstance(columns.get("completion"), str):
+        return {"completion": text}
+    name, messages = _messages(columns)
+    *before, last = messages
+    return {name: [*before, {**last, _content_key(last): text}]}
+
+
+def _messages(columns: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    name = next(name for name in ("completion", "messages", "conversations") if name in columns)
+    return name, columns[name]
+
+
+def _content_key(message: dict[str, Any]) -> str:
+    return "content" if "content" in message else "value"
+
+
+def _answer_start(columns: dict[str, Any]) -> int:
+    if "labels" in columns:
+        return start_of_last_answer([label != -100 for label in columns["labels"]])
+    return start_of_last_answer([bool(bit) for bit in columns["completion_mask"]])
+
+
+def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[str, Any]]:
+    """
+    Put refined answers in place of the originals.
+
+    Of the responses that took a row's place in training, those of its last refresh, the one given most often is kept,
+    among those the most likely one.
+
+    Args:
+        dataset (`datasets.Dataset`): N rows as the user passed them.
+        responses (`pyarrow.Table`): of a run, see [`~trl_bilevel.refined_responses.RESPONSE_SCHEMA`].
+
+    Returns:
+        `tuple[Dataset, dict]`: the rows, unchanged but for the refined answers; and the columns to add, with N
+        entries: `response_source`, `original_completion` (null for a row that kept its own answer) and
+        `refined_responses`, all responses that were generated for the row, used or not.
+    """
+    by_row: dict[int, list[dict[str, Any]]] = {}
+    for response in responses.cast(RESPONSE_SCHEMA).to_pylist():
+        by_row.setdefault(response["row"], []).append(response)
+    changed: dict[str, dict[int, Any]] = {}  # column -> row -> value
+    originals: dict[int, Any] = {}
+    for row, of_row in by_row.items():
+        used = [response for response in of_row if response["used"]]
+        newest = [response for response in used if response["step"] == used[-1]["step"]]
+        for response in of_row:
+            response["log_prob"] = mean_log_prob(response["log_probs"])
+        if not newest:
+            continue
+        answer = newest[
+            answer_to_keep([response["text"] for response in newest], [response["log_prob"] for response in newest])
+        ]
+        columns = dataset[row]
+        originals[row] = original_answer(columns)
+        for name, value in with_answer(columns, answer["text"], answer["completion_ids"]).items():
+            changed.setdefault(name, {})[row] = value
+    num_rows = len(dataset)
+    for name, values in changed.items():
+        dataset = _replace(dataset, name, values)
+    records = [
+        [{field: response[field] for field in _RESPONSE_FIELDS} for response in by_row.get(row, [])]
+        for row in range(num_rows)
+    ]
+    record_type = pa.list_(
+        pa.struct(
+            [
+                pa.field(name, pa.float64() if name == "log_prob" else RESPONSE_SCHEMA.field(name).type)
+                for name in _RESPONSE_FIELDS
+            ]
+        )
+    )
+    return dataset, {
+        "response_source": pa.array(["refined" if row in originals else "original" for row in range(num_rows)]),
+        ORIGINAL_COLUMN: pa.array((originals.get(row) for row in range(num_rows)), type=_answer_type(dataset)),
+        RESPONSES_COLUMN: pa.array(records, type=record_type),
+    }
+
+
+def _answer_type(dataset: Dataset) -> pa.DataType:
+    types = {field.name: field.type for field in dataset.features.arrow_schema}
+    for name in ("input_ids", "completion"):
+        if name in types:
+            return types[name]
+    return pa.string()
+
+
+def _replace(dataset: Dataset, name: str, values: dict[int, Any]) -> Dataset:
+    """The dataset with other values in some rows of a column; its type and place stay."""
+    table = dataset.with_format("arrow").select_columns([name])[:]
+    column = table.column(name)
+    chunks: Iterable[pa.Array] = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    replacements = pa.array(list(values.values()), type=column.type)
+    indices = list(range(len(dataset)))
+    for position, row in enumerate(values):
+        indices[row] = len(dataset) + position
+    replaced = pa.chunked_array([*chunks, replacements]).take(pa.array(indices))
+    feature = dataset.features[name]
+    order = dataset.column_names
+    dataset = dataset.add_column(_TEMPORARY, replaced, feature=feature)
+    return dataset.remove_columns([name]).rename_column(_TEMPORARY, name).select_columns(order)

@@ -1,0 +1,191 @@
+"""Generating responses with the model that is being trained, or with vLLM, and leaving the training as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import pad
+
+from .refinement_config import RefinementConfig
+
+
+class ResponseGenerator(Protocol):
+    """Answers prompts."""
+
+    def generate(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """
+        Answer every prompt G times.
+
+        Args:
+            prompts (`list[list[int]]`): tokens.
+            seed (`int`): of the sampling.
+
+        Returns:
+            `list[list[int]]`: tokens of the responses, those of a prompt next to each other, each up to its stop token
+            and including it.
+        """
+
+
+@contextmanager
+def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Switch off what only training needs: dropout, gradients, gradient checkpointing; and restore all of it.
+
+    The random state is restored too, so that a run with refreshes draws the same numbers elsewhere. Module by module:
+    `model.train()` would wake modules that the user keeps in eval mode, and enabling gradient checkpointing again
+    would forget its options.
+    """
+    device = next(model.parameters()).device
+    training = [(module, module.training) for module in model.modules()]
+    checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        model.eval()
+        for module in checkpointing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for module in checkpointing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def batch_seed(seed: int, step: int, batch: int) -> int:
+    """A seed of its own for every batch of every refresh, whichever process generates it."""
+    return int(np.random.SeedSequence([seed, step, batch]).generate_state(1)[0])
+
+
+class TransformersGenerator:
+    """
+    Generates with the model itself, with its KV cache.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): not wrapped; adapters stay on.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        stop_ids (`list[int]`): tokens that end a response.
+        config ([`~trl_bilevel.refinement_config.RefinementConfig`]): sampling options.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: list[int],
+        config: RefinementConfig,
+    ):
+        self.model = model
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.stop_ids = stop_ids
+        # A load-balancing loss is for training; with a KV cache it cannot even be computed
+        has_router = "output_router_logits" in model.config.get_text_config().to_dict()
+        self.model_options = {"output_router_logits": False} if has_router else {}
+        sampling = {"temperature": config.sampling_temperature, "top_p": config.refine_top_p, "top_k": 0}
+        # Every option by its name: the model's own generation config must not decide on the sampling
+        self.generation_config = GenerationConfig(
+            max_new_tokens=config.refine_max_new_tokens,
+            num_return_sequences=config.num_refined_responses,
+            do_sample=config.sampling_temperature > 0,
+            repetition_penalty=1.0,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=stop_ids,
+            use_cache=True,
+            disable_compile=True,
+            **(sampling if config.sampling_temperature > 0 else {}),
+        )
+
+    def generate(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """See [`ResponseGenerator`]; `seed` makes the same prompts give the same responses."""
+        device = self.model.device
+        inputs = [torch.tensor(prompt, device=device) for prompt in prompts]
+        input_ids = pad(inputs, padding_value=self.pad_token_id, padding_side="left")  # (P, L)
+        attention_mask = pad([torch.ones_like(prompt) for prompt in inputs], padding_value=0, padding_side="left")
+        with ready_to_generate(self.model):
+            torch.manual_seed(seed)
+            outputs = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=self.generation_config,
+                **self.model_options,
+            )  # (P * G, L + new tokens)
+        return [self._until_stop(response) for response in outputs[:, input_ids.shape[1] :].tolist()]
+
+    def _until_stop(self, tokens: list[int]) -> list[int]:
+        for position, token in enumerate(tokens):
+            if token in self.stop_ids:
+                return tokens[: position + 1]
+        return tokens
+
+
+class VLLMGenerator:
+    """
+    Generates with vLLM through TRL's bridge, as its GRPO trainer does: weights are sent over before each refresh.
+
+    Args:
+        model, accelerator, tokenizer: as [`~trl.generation.VLLMGeneration`] takes them.
+        stop_ids (`list[int]`): tokens that end a response.
+        config ([`~trl_bilevel.refinement_config.RefinementConfig`]): sampling and vLLM options.
+        batch_size (`int`): questions that vLLM answers at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        accelerator: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: list[int],
+        config: RefinementConfig,
+        batch_size: int,
+    ):
+        self.num_responses = config.num_refined_responses
+        self.stop_ids = stop_ids
+        self.vllm = VLLMGeneration(
+            model=model,
+            accelerator=accelerator,
+            processing_class=tokenizer,
+            mode=config.vllm_mode,
+            server_base_url=config.vllm_server_base_url,
+            server_timeout=config.vllm_server_timeout,
+            group_port=config.vllm_group_port,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            max_model_length=config.vllm_max_model_length,
+            max_num_seqs=batch_size,
+            enable_sleep_mode=config.vllm_enable_sleep_mode,
+            temperature=config.sampling_temperature,
+            top_p=config.refine_top_p,
+            max_completion_length=config.refine_max_new_tokens,
+            # Ours come from the training forward, so that ratios start at 1
+            logprobs=None,
+            generation_kwargs={"stop_token_ids": stop_ids},
+        )
+
+    def sync_weights(self) -> None:
+        """Send the model's current weights to vLLM."""
+        self.vllm.sync_weights()
+
+    def generate(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
+        """See [`ResponseGenerator`]."""
+        # The bridge cuts a server's answers into equal slices, one per process
+        longest = max(gather_object([len(prompts)]))
+        padded = prompts + [[self.stop_ids[0]]] * (longest - len(prompts))
+        rounds = []
+        for number in range(self.num_responses):
+            # One seed holds for all requests of a call: equal prompts in one call would get equal responses
+            self.vllm.generation_kwargs["seed"] = seed + number
+            _, completion_ids, _, _ = self.vllm.generate(padded, images=None, num_generations=1)
+            rounds.append(completion_ids[: len(prompts)])
+        return [list(response) for responses in zip(*rounds, strict=True) for response in responses]
+
+
+def is_sharded() -> bool:
+    """Whether the model's parameters are spread over processes, so that no process can generate on its own."""
+    return PartialState().distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
