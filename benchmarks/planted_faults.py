@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, DataSelector
 from trl_bilevel.demo.comparison import area_under_roc, precision_among_kept
+from trl_bilevel.demo.planted_faults import right_answer
 from trl_bilevel.demo.problem import DemoArguments, Problem, build_problem, fine_tune
 from trl_bilevel.demo.tiny_model import completion_losses, exact_match
 
@@ -93,10 +94,20 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, value function on all rows": {"value_function_rows": "all"},
     "BDS, value function on selected rows": {"value_function_rows": "selected"},
 }
+# The same runs with answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the
+# rows of the lowest weight, or of a fixed random 60 %
+_LOWEST = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_RANDOM = {"refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
+REFINED_OPTIONS: dict[str, dict[str, Any]] = {
+    "BDS, refined: lowest weight": _LOWEST,
+    "BDS, refined: random": _RANDOM,
+    "BMO, refined: lowest weight": {"selection_method": "bmo", **_LOWEST},
+    "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
+}
 # Another round with what a first run learned
 FIRST_ROUND = "BDS (all defaults)"
 ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, from the first's weights")
-METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *ROUNDS)
+METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS)
 
 # One change at a time, to BDS without a value function and to the defaults
 STUDY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -148,7 +159,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
             validation_dataset=problem.trusted,
             data_selector=DataSelector.from_pretrained(first_round) if name == ROUNDS[1] else None,
             amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
-            **{**BILEVEL_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: {}}[name],
+            **{**BILEVEL_OPTIONS, **REFINED_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: {}}[name],
         )
         if name == FIRST_ROUND:
             trainer.data_selector.save_pretrained(first_round)
@@ -157,6 +168,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
         weights = selector.weights().numpy()
         result["effective_sample_ratio"] = selector.statistics().effective_sample_ratio
         result["good_weight"] = weights[good].sum() / weights.sum()
+        result |= _measure_answers(trainer, good)
         unseen = trainer.score(problem.unseen, batch_size=250)
         result["unseen_auroc"] = area_under_roc(np.array(unseen["score"]), unseen_good)
         result["unseen_auroc_loss"] = area_under_roc(-np.array(unseen["loss"]), unseen_good)
@@ -173,6 +185,21 @@ def run_method(name: str, args: DemoArguments, problem: Problem) -> dict[str, fl
         difference = completion_losses(sft.model, problem.tokenizer, problem.faulty) + scores
         result["auroc_difference"] = area_under_roc(difference, good)
     return {name: float(value) for name, value in result.items()}
+
+
+def _measure_answers(trainer: BilevelSFTTrainer, good: np.ndarray) -> dict[str, float]:
+    """The answers that the run ends with, refined ones included, and the questions that it keeps."""
+    curated = trainer.curate()
+    answers = zip(curated["prompt"], curated["completion"], strict=True)
+    right = np.array([answer == right_answer(prompt) for prompt, answer in answers])
+    refined = np.array(curated["response_source"][:]) == "refined"
+    kept = trainer.data_selector.proved_good.numpy()
+    result = {"kept_questions": kept.mean(), "kept_right": (kept & right).mean(), "right": right.mean()}
+    if refined.any():
+        result["refined"] = refined.mean()
+        result["refined_right"] = right[refined & ~good].mean()
+        result["refined_spoiled"] = (~right)[refined & good].sum() / good.sum()
+    return result
 
 
 def main(args: BenchmarkArguments) -> None:
@@ -244,6 +271,14 @@ TABLES = {
         "good_weight": "weight on good rows",
         "final_auroc": "AUROC of a last pass over the rows",
         "auroc_difference": "AUROC, loss minus SFT's loss",
+    },
+    "Answers regenerated": {
+        "exact_match": "held-out exact match",
+        "refined": "rows refined",
+        "refined_right": "right, of those that were wrong",
+        "refined_spoiled": "good rows whose answer is wrong now",
+        "kept_questions": "questions kept (weight above an unknown answer's)",
+        "kept_right": "kept with a right answer",
     },
     "Rows never trained on": {
         "unseen_auroc": "AUROC of score()",

@@ -30,7 +30,8 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
 
 disable_progress_bars()
-torch.set_num_threads(2)
+# pytest-xdist runs a process per core
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -88,6 +88,18 @@ def test_swapped_answers_are_wrong_and_the_others_are_kept():
     assert swapped["prompt"] == rows["prompt"]
 
 
+def test_refinement_speed(capsys):
+    benchmark = _load("refinement_speed")
+    benchmark.main(
+        benchmark.BenchmarkArguments(
+            num_pairs=2, num_questions=33, max_new_tokens=4, refine_batch_size=16, hidden_size=32, use_cpu=True
+        )
+    )
+    output = capsys.readouterr().out
+    assert "33 questions, 4 tokens each, 2 pairs" in output
+    assert "ratio" in output
+
+
 def test_planted_faults_runs_every_method_once_and_prints_the_tables(tmp_path, capsys):
     benchmark = _load("planted_faults")
     args = benchmark.BenchmarkArguments(

@@ -31,6 +31,8 @@ def files(tmp_path_factory, tokenizer, build_model):
     prompt_completion_rows(10, 1000).save_to_disk(folder / "trusted")
     (folder / "parquet").mkdir()
     prompt_completion_rows(10, 1000).to_parquet(folder / "parquet" / "train.parquet")
+    (folder / "mixture").mkdir()
+    prompt_completion_rows(24).to_parquet(folder / "mixture" / "train.parquet")
     return folder
 
 
@@ -124,6 +126,24 @@ def test_example_runs(files, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "10 training rows are also in `validation_dataset`" in result.stderr
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 7
+
+
+def test_self_refining_example_shows_what_became_of_the_answers(files, tmp_path):
+    options = _training_options(files, tmp_path / "out")
+    options[options.index(str(files / "mixture.jsonl"))] = str(files / "mixture")
+    options[options.index(str(files / "trusted"))] = str(files / "parquet")
+    # An untrained model seldom stops by itself
+    refine = ["--refine_ratio", "0.5", "--refine_start_step", "1", "--refine_discard_flawed", "False"]
+    refine += ["--refine_max_new_tokens", "4"]
+    result = _run(sys.executable, str(EXAMPLES / "self_refining.py"), *options, *refine)
+    assert result.returncode == 0, result.stderr
+    assert "12 of 24 answers were regenerated" in result.stdout
+    assert "original answer" in result.stdout
+    curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))
+    refined = curated.filter(lambda row: row["response_source"] == "refined")
+    assert len(refined) == 12
+    assert all(row["completion"] != row["original_completion"] for row in refined)
+    assert not list((tmp_path / "out").glob("refined*"))  # what a push would upload
 
 
 def test_local_folders_and_files_load(files, tmp_path):

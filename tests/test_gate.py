@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from trl import SFTConfig
 
-from trl_bilevel import BilevelSFTConfig
+from trl_bilevel import BilevelSFTConfig, RefinementConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +35,9 @@ def _own_fields():
 
 @pytest.mark.parametrize("option", _own_fields(), ids=lambda option: option.name)
 def test_documented_defaults_are_the_real_ones(option):
-    documented = re.search(rf"^\s+{option.name} \((.*?)\):$", BilevelSFTConfig.__doc__, flags=re.MULTILINE)
-    assert documented, f"{option.name} is not in the docstring of BilevelSFTConfig"
+    documentation = BilevelSFTConfig.__doc__ + RefinementConfig.__doc__
+    documented = re.search(rf"^\s+{option.name} \((.*?)\):$", documentation, flags=re.MULTILINE)
+    assert documented, f"{option.name} is not in a docstring"
     default = re.search(r"defaults to `(.*)`", documented[1])
     assert (ast.literal_eval(default[1]) if default else None) == option.default
     assert option.metadata["help"]

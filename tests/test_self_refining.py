@@ -203,6 +203,39 @@ def test_ratios_of_a_prompt_that_shows_the_answer_start_elsewhere(make_trainer, 
     assert any(abs(ratio - 1) > 1e-4 for ratio in _logged(trainer, "refine/importance_ratio"))
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_keeps_its_own_loss(make_trainer, build_model, tokenizer, train_dataset, padding, workers):
+    """Invariant 5, refined rows among others: shuffled twice, truncated, one row dropped; checked by id."""
+    rows = list(train_dataset)
+    rows[5] = {"prompt": "a very long prompt " * 10, "completion": " lost"}
+    max_length = 24
+    trainer = make_trainer(
+        **{**REFINE, "refine_every_steps": 100, "refine_max_new_tokens": 50}, max_length=max_length, learning_rate=0.0,
+        train_dataset=Dataset.from_list(rows), shuffle_dataset=True, dataloader_num_workers=workers, max_steps=-1,
+        num_train_epochs=3, data_collator=left_padding_collator(tokenizer.pad_token_id) if padding == "left" else None,
+    )  # fmt: skip
+    seen = {}
+    trainer.data_selector.update = lambda indices, losses: seen.update(zip(indices.tolist(), losses.tolist()))
+    trainer.train()
+    answers = {}
+    for response in trainer.response_store.table().to_pylist():
+        assert len(response["prompt_ids"]) + len(response["completion_ids"]) <= max_length
+        answers.setdefault(response["row"], []).append((response["prompt_ids"], response["completion_ids"]))
+    assert len(answers) == 12
+    assert set(seen) == set(range(24)) - {5}
+    model = build_model().eval()
+    for row, loss in seen.items():
+        prompt = tokenizer(rows[row]["prompt"])["input_ids"]
+        original = tokenizer(rows[row]["prompt"] + rows[row]["completion"] + "<eos>")["input_ids"][:max_length]
+        expected = []
+        for start, completion in answers.get(row, [(prompt, original[len(prompt) :])]):
+            assert start == prompt
+            with torch.no_grad():
+                expected.append(-_token_log_probs(model, start, completion).mean().item())
+        assert loss == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
 def test_every_refresh_replaces_the_responses(make_trainer):
     """The public code looks a row's response up once; later refreshes never reach it."""
     trainer = make_trainer(**{**REFINE, "refine_mode": "random", "refine_ratio": 1.0}, max_steps=12)

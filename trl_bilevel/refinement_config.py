@@ -77,9 +77,22 @@ class RefinementConfig:
 
         use_vllm (`bool`, *optional*, defaults to `False`):
             Generate with vLLM, through TRL's own bridge. Needs `pip install trl[vllm]` and a GPU.
-        vllm_mode, vllm_server_base_url, vllm_server_timeout, vllm_group_port, vllm_tensor_parallel_size,
-        vllm_gpu_memory_utilization, vllm_max_model_length, vllm_enable_sleep_mode:
-            As in [`~trl.GRPOConfig`].
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: vLLM shares the training GPUs. `"server"`: a running vLLM server.
+        vllm_server_base_url (`str`, *optional*):
+            Address of the server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the server.
+        vllm_group_port (`int`, *optional*, defaults to `51216`):
+            Port of the group that updates the server's weights.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs that a colocated vLLM spans.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU memory that a colocated vLLM reserves.
+        vllm_max_model_length (`int`, *optional*):
+            Context length of vLLM, in tokens.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            Offload the weights of a colocated vLLM while the model trains.
     """
 
     refine_ratio: float = field(

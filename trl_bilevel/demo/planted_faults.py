@@ -99,6 +99,22 @@ def _row(rng: random.Random, name: str, fault: str, exclude: frozenset[str]) -> 
     return {"prompt": prompt, "completion": f" {answer}", "fault": fault}
 
 
+def right_answer(prompt: str) -> str:
+    """
+    The right completion of an instruction.
+
+    Example:
+
+    ```python
+    >>> right_answer("reverse abc =")
+    ' cba'
+
+    ```
+    """
+    name, *arguments = prompt.removesuffix(" =").split(" ")
+    return f" {OPERATIONS[name].right(*arguments)}"
+
+
 def _random_answer(rng: random.Random, answer: str) -> str:
     """Another string of the same length and alphabet."""
     alphabet = string.digits if answer.isdigit() else string.ascii_letters
