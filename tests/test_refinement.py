@@ -92,19 +92,19 @@ def test_a_refresh_that_falls_flat_leaves_the_earlier_answer(tmp_path):
 
 
 def test_checkpoint_brings_back_every_response(tmp_path):
-    store = ResponseStore(tmp_path / "runs" / "0abc")
+    store = ResponseStore(tmp_path / "runs", "0abc")
     store.write_refresh(5, _table(_response(3, 5), _response(4, 5, used=False, flaw="empty")), parts=0)
     store.read_new_files(5)
     (tmp_path / "checkpoint").mkdir()
     store.save(tmp_path / "checkpoint")
     restored = ResponseStore.load(tmp_path / "checkpoint", tmp_path / "elsewhere")
     assert restored.table().equals(store.table())
-    assert restored.folder == tmp_path / "elsewhere" / "0abc"
+    assert restored.folder == tmp_path / "elsewhere" / "0abc-0"
     assert restored.responses_of(3, 5) == store.responses_of(3, 5)
 
 
 def test_checkpoint_wins_over_what_another_attempt_left_behind(tmp_path):
-    store = ResponseStore(tmp_path / "0abc")
+    store = ResponseStore(tmp_path, "0abc")
     store.write_refresh(5, _table(_response(3, 5, tokens=[7])), parts=0)
     store.read_new_files(5)
     (tmp_path / "checkpoint").mkdir()
@@ -124,7 +124,7 @@ def test_damaged_checkpoint_names_the_file(tmp_path, damage):
 
 
 def test_checkpoint_cannot_point_out_of_the_output_folder(tmp_path):
-    store = ResponseStore(tmp_path / "0abc")
+    store = ResponseStore(tmp_path, "0abc")
     store.save(tmp_path)
     table = pa.parquet.read_table(tmp_path / "_refined_responses.parquet")
     table = table.replace_schema_metadata({"run": "../../elsewhere"})
@@ -133,16 +133,35 @@ def test_checkpoint_cannot_point_out_of_the_output_folder(tmp_path):
         ResponseStore.load(tmp_path, tmp_path)
 
 
-def test_a_new_plan_throws_away_what_an_old_one_generated(tmp_path):
-    store = ResponseStore(tmp_path)
-    plan = RefreshPlan([1, 2], [1.0, 1.0], {"refine_temperature": 1.0}, 4)
+def test_an_interrupted_refresh_is_found_again(tmp_path):
+    store = ResponseStore(tmp_path, "0abc", "11")
+    plan = RefreshPlan([1, 2], [1.0, 0.5])
     store.write_plan(5, plan)
     store.write_part(5, 0, _table(_response(1, 5)))
-    assert store.read_plan(5) == plan
-    assert len(store.read_part(5, 0)) == 1
-    store.write_plan(5, plan._replace(settings={"refine_temperature": 0.5}))
-    assert store.read_part(5, 0) is None
-    assert store.read_plan(6) is None
+    again = ResponseStore(tmp_path, "0abc", "11")
+    assert again.read_plan(5) == plan
+    assert len(again.read_part(5, 0)) == 1
+    assert again.read_plan(6) is None
+    # With other settings there is nothing to go on with
+    other = ResponseStore(tmp_path, "0abc", "22")
+    assert other.read_plan(5) is None
+    assert other.read_part(5, 0) is None
+
+
+def test_other_settings_see_the_checkpoint_and_no_later_answers(tmp_path):
+    store = ResponseStore(tmp_path, "0abc", "11")
+    store.write_refresh(5, _table(_response(3, 5)), parts=0)
+    store.read_new_files(5)
+    store.save(tmp_path)
+    store.write_refresh(8, _table(_response(4, 8)), parts=0)
+    other = ResponseStore.load(tmp_path, tmp_path, "22")
+    other.read_new_files(10)
+    assert [response["row"] for response in other.table().to_pylist()] == [3]
+    same = ResponseStore.load(tmp_path, tmp_path, "11")
+    same.read_new_files(10)
+    assert [response["row"] for response in same.table().to_pylist()] == [3, 4]
+    assert same.rows_refined_at(8) == [4]
+    assert same.rows_refined_at(6) == []
 
 
 def test_nothing_half_written_is_ever_read(tmp_path, monkeypatch):
@@ -158,7 +177,7 @@ def test_nothing_half_written_is_ever_read(tmp_path, monkeypatch):
         store.write_refresh(2, _table(_response(3, 2)), parts=0)
     store.read_new_files(2)
     assert store.last_step == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["refresh-00000001.arrow"]
+    assert [path.name for path in store.folder.iterdir()] == ["refresh-00000001.arrow"]
 
 
 # ---- The collator ----
@@ -242,6 +261,15 @@ def test_flaws_by_themselves():
     assert _flaw(text=" 13 ") == "identical"
 
 
+def test_unsure_responses_are_those_of_a_low_geometric_mean():
+    def flaw(*probabilities):
+        log_probs = [float(np.log(probability)) for probability in probabilities]
+        return find_flaws(["12"], [[1, 2]], [log_probs], [True], "13", min_probability=0.5)[0]
+
+    assert flaw(0.9, 0.3) is None  # sqrt(0.27) = 0.52
+    assert flaw(0.9, 0.25) == "unsure"  # sqrt(0.225) = 0.47
+
+
 def test_a_majority_for_the_original_speaks_against_the_others():
     def flaws(*texts):
         count = len(texts)
@@ -310,6 +338,10 @@ def test_restart_forgets_what_spoke_against_an_answer():
     selector.restart(torch.tensor([0, 1]))
     assert selector.logits[0].item() == pytest.approx(np.log(0.2 / 0.8), abs=1e-6)
     assert torch.equal(selector.logits[1:], before[1:])  # a good row keeps its weight
+    assert selector.scored.all()
+    assert selector.judged.tolist() == [False, False, True, True, True, True]
+    selector.update(torch.tensor([0]), torch.tensor([0.1]))
+    assert selector.judged[0]
     assert selector.weights().mean().item() == pytest.approx(1, abs=1e-6)
 
     softmax = DataSelector(6)

@@ -7,9 +7,10 @@ import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 
 from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
-from trl_bilevel.refine_prompts import QuestionReader, check_refinable, decode_response, stop_token_ids
+from trl_bilevel.refine_prompts import QuestionReader, check_refinable, decode_response, stop_token_ids, visible_answer
 from trl_bilevel.response_generation import TransformersGenerator, VLLMGenerator, batch_seed, ready_to_generate
 
 
@@ -68,10 +69,32 @@ def test_tools_are_part_of_the_prompt(tokenizer):
     assert as_text.read(0).prompt_ids == question.prompt_ids
 
 
+def test_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    row = {"prompt": "add 1 and 2:", "completion": " 3<eos>"}
+    assert ending(row["prompt"])["input_ids"][-1] == tokenizer.eos_token_id
+    question = _reader([row], ending).read(0)
+    assert question.prompt_ids == tokenizer(row["prompt"])["input_ids"]
+    assert question.original == " 3"
+
+
+def test_empty_prompts_are_passed_over(tokenizer):
+    assert _reader([{"prompt": "", "completion": "a"}], tokenizer).read(0) is None
+
+
 @pytest.mark.parametrize(
     "messages",
-    [TURNS[:1], [*TURNS, SECOND[0]], [TURNS[0], {"role": "assistant", "content": None}], TURNS[1:]],
-    ids=["no answer", "ends with the user", "tool call", "no prompt"],
+    [
+        TURNS[:1],
+        [*TURNS, SECOND[0]],
+        [TURNS[0], {"role": "assistant", "content": None}],
+        TURNS[1:],
+        [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}],
+    ],
+    ids=["no answer", "ends with the user", "nothing", "no prompt", "tool call"],
 )
 def test_rows_without_an_answer_in_text_are_passed_over(tokenizer, messages):
     assert _reader([{"messages": messages}], tokenizer).read(0) is None
@@ -155,6 +178,23 @@ def test_greedy_responses_are_the_most_likely_tokens(build_model, tokenizer, pro
                 assert model.eval()(torch.tensor([tokens])).logits[0, -1].argmax() == token
             tokens.append(token)
         assert len(response) == 8 or response[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_responses_stay_within_the_positions_of_the_model(build_model, tokenizer, family):
+    """GPT-2 here has 256 positions; one more is an index error."""
+    prompts = [tokenizer("a" * 250)["input_ids"], tokenizer("b")["input_ids"]]
+    assert len(prompts[0]) == 250
+    generator = TransformersGenerator(build_model(family), tokenizer, [tokenizer.pad_token_id], _config())
+    assert [len(response) for response in generator.generate(prompts, seed=0)] == [6, 6]
+
+
+def test_thoughts_do_not_count_as_the_answer():
+    assert visible_answer("<think>\n\n</think>\n\n13", original="12") == "13"
+    assert visible_answer("it is\n</think>\n13", original="12") == "13"
+    shown = "<think>12 + 1</think>13"
+    assert visible_answer(shown, original="<think>?</think>12") == shown
+    assert visible_answer(" 13", original="12") == " 13"
 
 
 def test_sampling_options_reach_the_sampler(build_model, tokenizer, prompts, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import left_padding_collator, prompt_completion_rows
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
@@ -333,7 +333,38 @@ def test_reward_functions_accept_and_reject(make_trainer):
             assert response["flaw"] in ("rejected", "truncated", "empty")
 
 
+def test_reward_functions_are_tried_before_training(make_trainer):
+    def of_another_dataset(completions, solution, **kwargs):
+        return [1.0] * len(completions)
+
+    with pytest.raises(TypeError, match="solution"):
+        make_trainer(**REFINE, reward_funcs=of_another_dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refine_start_step": 50}, "No answer will be regenerated"),
+        ({"refine_start_step": 3, "max_steps": -1, "num_train_epochs": 1}, "Less than an epoch follows"),
+    ],
+)
+def test_schedules_that_do_little_are_warned_of(make_trainer, caplog, options, message):
+    trainer = make_trainer(**{**REFINE, **options})
+    trainer.train()
+    assert message in caplog.text
+
+
+def test_checkpoint_with_refined_answers_needs_refinement(make_trainer):
+    trainer = make_trainer(**REFINE, save_strategy="steps", save_steps=4)
+    trainer.train()
+    plain = make_trainer(output_dir=trainer.args.output_dir)
+    with pytest.raises(ValueError, match="which `refine_ratio=0` would drop"):
+        plain.train(resume_from_checkpoint=True)
+
+
 def test_bad_setups_are_refused_before_training(make_trainer, train_dataset):
+    with pytest.raises(ValueError, match="without `reward_funcs`"):
+        make_trainer(**REFINE, refine_reward_threshold=0.5)
     with pytest.raises(ValueError, match="no effect without refinement"):
         make_trainer(reward_funcs=lambda **kwargs: [])
     with pytest.raises(ValueError, match="by itself"):
@@ -502,7 +533,8 @@ def test_training_again_starts_from_the_original_answers(make_trainer):
 # ---- What comes out ----
 def _curated(make_trainer, tokenizer, rows, trusted, **options):
     trainer = make_trainer(
-        train_dataset=Dataset.from_list(rows), validation_dataset=Dataset.from_list(trusted), max_steps=4,
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
+        validation_dataset=Dataset.from_list(trusted), max_steps=4,
         **{**REFINE, "refine_ratio": 1.0, **options},
     )  # fmt: skip
     answer = tokenizer("fine", add_special_tokens=False)["input_ids"]
@@ -546,6 +578,32 @@ def test_curated_tokens_have_a_new_answer(make_trainer, tokenizer):
     assert curated[2]["input_ids"] == [42, 50, *answer]
     assert curated[2]["labels"] == [-100, -100, *answer]
     assert curated[2]["original_completion"] == [60, 1]
+
+
+def test_curated_tokens_keep_the_targets_of_earlier_turns(make_trainer, tokenizer):
+    rows = [{"input_ids": [40 + row, 50, 51, 60, 1], "labels": [-100, 50, -100, 60, 1]} for row in range(8)]
+    trusted = [{"input_ids": [70 + row, 50, 61, 1], "labels": [-100, -100, 61, 1]} for row in range(8)]
+    curated = _curated(make_trainer, tokenizer, rows, trusted)
+    answer = [*tokenizer("fine")["input_ids"], tokenizer.eos_token_id]
+    assert curated[2]["labels"] == [-100, 50, -100, *answer]
+    assert curated[2]["original_completion"] == [60, 1]
+
+
+def test_curated_messages_of_mixed_types(make_trainer, tokenizer):
+    """Tool calls as JSON, which Arrow has no type for; a row that ends with one keeps it."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "old", "tool_calls": None}]
+    rows = [{"messages": [plain[0], call] if row == 3 else [{**plain[0], "content": f"Hi {row}"}, plain[1]]}
+            for row in range(8)]  # fmt: skip
+    message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
+    dataset = Dataset.from_list(rows, features=Features({"messages": List(message)}))
+    trusted = [{"messages": _chat(row, "sure")} for row in range(8)]
+    curated = _curated(make_trainer, tokenizer, dataset, trusted)
+    assert curated.features["messages"] == dataset.features["messages"]
+    assert curated[3]["messages"] == dataset[3]["messages"]
+    assert curated[3]["response_source"] == "original"
+    assert curated[4]["messages"][-1]["content"] == "fine"
+    assert curated[4]["original_completion"] == "old"
 
 
 def test_curated_text_trains_plain_trl_and_survives_parquet(make_trainer, tokenizer, tmp_path):

@@ -43,11 +43,17 @@ from .paired_batches import (
 )
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
+from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
-from .refined_responses import ResponseStore
 from .refinement import Refiner, model_log_probs
 from .response_checks import RewardFunc, check_reward_funcs
-from .response_generation import ResponseGenerator, TransformersGenerator, VLLMGenerator, ready_to_generate
+from .response_generation import (
+    ResponseGenerator,
+    TransformersGenerator,
+    VLLMGenerator,
+    context_length,
+    ready_to_generate,
+)
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
@@ -220,7 +226,7 @@ class BilevelSFTTrainer(BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
-        self.response_store = ResponseStore(self._responses_folder / "none")
+        self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
         self._rows_to_refine = np.zeros(len(train_dataset), dtype=bool)
         self._rows_to_refine[read_sample_indices(self.train_dataset)] = True
@@ -301,16 +307,30 @@ class BilevelSFTTrainer(BilevelStep):
             )
         rows = self._source_dataset.with_format(None)
         reader = QuestionReader(rows, self._tokenizer, self.chat_template, args.refine_prompt_template)
-        check_refinable(reader, self._formatting_func is not None)
+        check_refinable(reader, self._formatting_func is not None, reward_funcs)
         stop_ids = stop_token_ids(
             self._tokenizer, self.model.generation_config.eos_token_id, self.chat_template, rows[0]
         )
+        if args.refine_reward_threshold != 0 and not reward_funcs:
+            raise ValueError(
+                f"`refine_reward_threshold={args.refine_reward_threshold}` has no effect without `reward_funcs`. Pass "
+                "them, or leave it out."
+            )
+        # As TRL asks it: only quantized models have these
+        is_quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(
+            self.model, "is_loaded_in_8bit", False
+        )
+        if args.use_vllm and is_quantized:
+            raise ValueError(
+                "`use_vllm=True` is not supported with a quantized model: sending the weights over merges the adapter "
+                "into the base and out again, which changes a quantized base. Use `use_vllm=False`."
+            )
         batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
         generator: ResponseGenerator
         if args.use_vllm:
             generator = VLLMGenerator(self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size)
         else:
-            generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args)
+            generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args, self.accelerator.autocast)
         return Refiner(
             args,
             reader,
@@ -320,9 +340,9 @@ class BilevelSFTTrainer(BilevelStep):
             stop_ids,
             reward_funcs,
             args.max_length,
+            context_length(self.model),
             batch_size,
-            args.seed,
-            show_progress=not args.disable_tqdm,
+            args,
         )
 
     def _generation_log_probs(self, examples: list[dict[str, list[int]]]) -> list[list[float]]:
@@ -346,7 +366,7 @@ class BilevelSFTTrainer(BilevelStep):
             # from a checkpoint replaces it
             run = [secrets.token_hex(4)]
             broadcast_object_list(run)
-            self.response_store.go_on_as(ResponseStore(self._responses_folder / run[0]))
+            self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
         return super().train(*args, **kwargs)
 
     # ---- Data: training and validation rows in one batch ----
@@ -478,6 +498,7 @@ class BilevelSFTTrainer(BilevelStep):
             weights=self.data_selector.weights().numpy(),
             scores=self.data_selector.logits.numpy(),
             scored=self.data_selector.scored.numpy(),
+            judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
             responses=None if self.refiner is None else self.response_store.table(),
         )
@@ -552,8 +573,7 @@ class BilevelSFTTrainer(BilevelStep):
                 part.load(self.state.best_model_checkpoint)
         self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
         if self.refiner is not None:
-            best = ResponseStore.load(self.state.best_model_checkpoint, self._responses_folder)
-            self.response_store.go_on_as(best)
+            self._load_responses(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -567,9 +587,19 @@ class BilevelSFTTrainer(BilevelStep):
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             if self.refiner is not None:
-                self.response_store.go_on_as(ResponseStore.load(checkpoint, self._responses_folder))
+                self._load_responses(checkpoint)
+            elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():
+                raise ValueError(
+                    f"{checkpoint} was written with refined answers, which `refine_ratio=0` would drop. Resume with "
+                    "the `refine_ratio` of that run."
+                )
             if self.amortized_selector is not None:
                 self.amortized_selector.load(checkpoint)
             if self.value_function is not None:
                 self.value_function.load(checkpoint)
                 self.value_function.load_optimizer(checkpoint)
+
+    def _load_responses(self, checkpoint: str) -> None:
+        assert self.refiner is not None
+        store = ResponseStore.load(checkpoint, self._responses_folder, self.refiner.settings)
+        self.response_store.go_on_as(store)

@@ -62,6 +62,7 @@ class BilevelStep(SFTTrainer):
         self._step_value_means: list[torch.Tensor] = []  # the same under the value function
         self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
         self._step_validation_weight = self.args.validation_weight
+        self._refresh_schedule_checked = False
 
     @property
     def validation_weight(self) -> float:
@@ -75,8 +76,13 @@ class BilevelStep(SFTTrainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """Once per optimizer step: maybe new answers, then how much each row counts in the objective."""
         # Before a batch is fetched: the order of events is the same whether the run was interrupted here or not
-        if self.refiner is not None and self._is_refresh_due():
-            self._refine_answers(self.refiner)
+        if self.refiner is not None:
+            self._check_refresh_schedule()
+            if self._is_refresh_due():
+                self._refine_answers(self.refiner)
+            # The new answers are in the batches from here on
+            refined = self.response_store.rows_refined_at(self.state.global_step - self._refresh_delay)
+            self.data_selector.restart(torch.tensor(refined, dtype=torch.int64))
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._start_step(batches)
@@ -92,9 +98,30 @@ class BilevelStep(SFTTrainer):
         return batches, num_items_in_batch
 
     def _is_refresh_due(self) -> bool:
-        step = self.state.global_step
-        reaches_a_batch = step + self._refresh_delay < self.state.max_steps
-        return reaches_a_batch and is_refresh_due(step, self.state.max_steps, self.args)
+        return self._reaches_a_batch(self.state.global_step)
+
+    def _reaches_a_batch(self, step: int) -> bool:
+        """Whether a refresh at this step is due, and training is not over before its answers are in a batch."""
+        max_steps = self.state.max_steps
+        return step + self._refresh_delay < max_steps and is_refresh_due(step, max_steps, self.args)
+
+    def _check_refresh_schedule(self) -> None:
+        """Once, when the number of steps is known: say so if refinement will do little."""
+        if self._refresh_schedule_checked:
+            return
+        self._refresh_schedule_checked = True
+        max_steps = self.state.max_steps
+        first = next((step for step in range(max_steps) if self._reaches_a_batch(step)), None)
+        if first is None:
+            logger.warning(
+                f"No answer will be regenerated: with `refine_start_step={self.args.refine_start_step}` the first "
+                f"would reach no batch of the {max_steps} steps. Lower it, or train for longer."
+            )
+        elif max_steps - first < max_steps / self.args.num_train_epochs and self.args.max_steps <= 0:
+            logger.warning(
+                f"Less than an epoch follows the first refresh, at step {first} of {max_steps}: most refined answers "
+                "will be generated but not trained on. Lower `refine_start_step`, or train for more epochs."
+            )
 
     def _refine_answers(self, refiner: Refiner) -> None:
         """Online self-refining generation: the model answers questions whose answers have not proved good."""
@@ -105,8 +132,6 @@ class BilevelStep(SFTTrainer):
             scores=selector.logits.numpy(),
         )
         responses = refiner.refresh(self.response_store, self.state.global_step, candidates)
-        used = responses.filter(responses.column("used")).column("row").unique()
-        selector.restart(torch.from_numpy(used.to_numpy().copy()))
         for name, value in refresh_metrics(responses).items():
             self._metrics["train"][name].append(value)
 

@@ -20,6 +20,7 @@ def curate_dataset(
     scored: np.ndarray,
     keep_ratio: float | None = None,
     responses: pa.Table | None = None,
+    judged: np.ndarray | None = None,
 ) -> Dataset:
     """
     Add each row's score to its dataset, and keep the best rows.
@@ -30,7 +31,8 @@ def curate_dataset(
     - `weight` (float): learned weight, mean 1 over all N rows;
     - `rank` (int): 1 for the row of the highest weight, N for the lowest; rows that were not scored come last;
     - `scored` (bool): False for a row whose weight was never updated, because training ended before it was seen, its
-      loss was never finite, or truncation left it without completion tokens. Its weight says nothing about it;
+      loss was never finite, or truncation left it without completion tokens. Its weight says nothing about it. Also
+      False for a refined answer that training never came to; such a row ranks by the weight that new answers get;
     - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
     - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
       were generated for the row, with their step, settings, the question's weight and the mean log-probability per
@@ -42,10 +44,12 @@ def curate_dataset(
         weights (`numpy.ndarray`): shape (N,), mean 1.
         scores (`numpy.ndarray`): what to rank by, higher is better, shape (N,): the logits, which order rows whose
             weights are too small to differ.
-        scored (`numpy.ndarray`): bool, shape (N,).
+        scored (`numpy.ndarray`): whether the row was ever scored, bool, shape (N,).
         keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded to whole
             rows, at least one. If `None`, all rows.
         responses (`pyarrow.Table`, *optional*): refined responses of the run.
+        judged (`numpy.ndarray`, *optional*): whether the answer that a row has now was scored, bool, shape (N,); if
+            `None`, `scored`.
 
     Returns:
         `datasets.Dataset`: the rows kept.
@@ -67,7 +71,7 @@ def curate_dataset(
     columns = {
         "weight": weights.astype(np.float64),
         "rank": rank,
-        "scored": scored,
+        "scored": scored if judged is None else judged,
         **source_columns,
     }
     if SAMPLE_ID_COLUMN not in dataset.column_names:

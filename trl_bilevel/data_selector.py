@@ -122,6 +122,7 @@ class DataSelector:
         self._unit_sizes = None if sources is None else sources.bincount(minlength=num_units).double()  # (U,)
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
+        self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
         self._adam = torch.optim.Adam([self._unit_logits], lr=learning_rate) if optimizer == "adam" else None
         self._refresh_normalizer()
 
@@ -177,6 +178,12 @@ class DataSelector:
         """Which rows an update has ever moved, bool of shape (N,); the others keep the logit they started with."""
         return self._scored.clone() if self.sources is None else self._scored[self.sources]
 
+    @property
+    def judged(self) -> torch.Tensor:
+        """Rows whose present answer an update has moved, bool of shape (N,): `scored`, less those restarted since."""
+        judged = self._scored & ~self._restarted
+        return judged if self.sources is None else judged[self.sources]
+
     def update(self, row_indices: torch.Tensor, losses: torch.Tensor) -> None:
         """
         Move the weights of the rows of one global batch (the upper-level step).
@@ -192,7 +199,7 @@ class DataSelector:
         if row_indices.numel() == 0:
             return
         units = self._units_of(row_indices)
-        self._scored[units] = True
+        self._scored[units], self._restarted[units] = True, False
         if self._adam is None:
             before = self._unit_logits[units]
             after = mirror_descent_step(before, self._log_mass(before), losses, self.learning_rate, self.centered)
@@ -223,7 +230,7 @@ class DataSelector:
         row_indices, logits = _once_and_finite(row_indices, log_weights)
         if row_indices.numel() == 0:
             return
-        self._scored[row_indices] = True
+        self._scored[row_indices], self._restarted[row_indices] = True, False
         self._set_logits(row_indices, logits)
 
     @property
@@ -250,6 +257,7 @@ class DataSelector:
         if self.sources is not None or self.learning_rate == 0 or row_indices.numel() == 0:
             return
         self._set_logits(row_indices, self._unit_logits[row_indices].clamp(min=self.neutral_logit))
+        self._restarted[row_indices] = True
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
@@ -283,6 +291,7 @@ class DataSelector:
         tensors = {
             "logits": self._unit_logits,
             "scored": self._scored,
+            "restarted": self._restarted,
             "normalizer": torch.tensor([self._shift, self._total, self._refreshed_total], dtype=torch.float64),
         }
         if self._adam is not None:
@@ -300,6 +309,7 @@ class DataSelector:
         tensors = read_selector_state(directory, self._identity(fingerprint))
         self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
+        self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))
         self._shift, self._total, self._refreshed_total = tensors["normalizer"].tolist()
         if self._adam is not None:
             self._adam.state[self._unit_logits] = {

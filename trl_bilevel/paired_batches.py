@@ -66,8 +66,9 @@ class RefinedSpan(NamedTuple):
 
     start: int
     """Position of its first token's prediction: that of the token, less one."""
-    log_probs: list[float]
-    """Of its tokens under the policy that generated them, in nats."""
+    log_probs: np.ndarray
+    """Of its tokens under the policy that generated them, in nats. Not a list, whose numbers a dataloader would visit
+    one by one."""
 
 
 class ValidationStream:
@@ -239,8 +240,9 @@ class PairedCollator:
         row_of_sequence = list(range(num_training))
         log_probs: list[list[float]] = [[]] * num_training
         if self.self_refining is not None and steps:
+            # accelerate fills the last batch of an epoch with rows of its first, whose step is long past
             refined = self.self_refining.refine(
-                rows[:num_training], sample_indices, up_to_step=min(steps) - self.refresh_delay
+                rows[:num_training], sample_indices, up_to_step=max(steps) - self.refresh_delay
             )
             rows = refined.sequences + rows[num_training:]
             row_of_sequence, log_probs = refined.row_of_sequence, refined.log_probs
@@ -268,4 +270,4 @@ def _find_span(labels: torch.Tensor, log_probs: list[float]) -> RefinedSpan:
             f"The data collator kept {len(positions)} of the {len(log_probs)} tokens of a refined response. "
             "Importance ratios need all of them: shorten sequences with `max_length`, not in the collator."
         )
-    return RefinedSpan(int(positions[0]) - 1, log_probs)
+    return RefinedSpan(int(positions[0]) - 1, np.array(log_probs, dtype=np.float32))

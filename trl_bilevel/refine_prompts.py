@@ -8,8 +8,11 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
+from .response_checks import RewardFunc, sum_rewards
+
 
 _ROWS_TO_TRY = 100
+_END_OF_THOUGHT = "</think>"
 _ANSWERING_ROLES = ("assistant", "gpt", "model")  # TRL keeps the roles of other formats
 
 
@@ -34,12 +37,15 @@ class Question(NamedTuple):
         return [{"role": "assistant", "content": text}] if isinstance(self.prompt, list) else text
 
 
-def check_refinable(reader: "QuestionReader", has_formatting_func: bool) -> None:
+def check_refinable(
+    reader: "QuestionReader", has_formatting_func: bool, reward_funcs: list[RewardFunc] | None = None
+) -> None:
     """
-    Check that the rows of a dataset have a prompt, by the first of them.
+    Check that the rows of a dataset have a prompt, by the first of them, and that reward functions take them.
 
     Raises:
-        `ValueError`: for language-modeling rows, which have none, and for tokenized rows with a prompt template.
+        `ValueError`: for language-modeling rows, which have none, and for tokenized rows with a prompt template; and
+            what a reward function raises.
     """
     row = reader.dataset[0]
     if "input_ids" in row:
@@ -60,12 +66,17 @@ def check_refinable(reader: "QuestionReader", has_formatting_func: bool) -> None
             "`prompt` and `completion`, or `messages`; or `refine_ratio=0`."
         )
     num_tried = min(_ROWS_TO_TRY, len(reader.dataset))
-    if all(reader.read(index) is None for index in range(num_tried)):
+    question = next((found for index in range(num_tried) if (found := reader.read(index)) is not None), None)
+    if question is None:
         raise ValueError(
             f"None of the first {num_tried} rows can be refined: they do not end with an assistant message in text "
             "after a prompt, or the loss covers the prompt too. Use `prompt` and `completion`, or `messages` (in a "
             "plain SFTTrainer with `assistant_only_loss=True`)."
         )
+    if reward_funcs:
+        # Now, not when the first answers are there: half of the training may have passed by then
+        tokens = reader.tokenizer(question.original)["input_ids"]
+        sum_rewards(reward_funcs, [question], [question.original], [tokens])
 
 
 class QuestionReader:
@@ -106,16 +117,25 @@ class QuestionReader:
             return self._conversation(row, columns, messages)
         prompt, original = columns["prompt"], columns["completion"]
         asked = prompt if self.template is None else self.template.render(prompt=prompt, completion=original)
-        prompt_ids = self._tokens(prompt)
-        generation_ids = prompt_ids if self.template is None else self._tokens(asked)
+        prompt_ids = self._text_tokens(prompt)
+        generation_ids = prompt_ids if self.template is None else self._text_tokens(asked)
+        if not prompt_ids:
+            return None
+        if self.tokenizer.eos_token is not None:
+            original = original.removesuffix(self.tokenizer.eos_token)
         return Question(row, prompt_ids, generation_ids, prompt, original, columns)
 
+    def _text_tokens(self, prompt: str) -> list[int]:
+        tokens = self._tokens(prompt)
+        eos_token = self.tokenizer.eos_token
+        if tokens and tokens[-1] == self.tokenizer.eos_token_id and not (eos_token and prompt.endswith(eos_token)):
+            tokens.pop()  # added by the tokenizer: nothing is to end here
+        return tokens
+
     def _conversation(self, row: int, columns: dict[str, Any], messages: list[dict[str, Any]]) -> Question | None:
-        if (
-            len(messages) < 2
-            or messages[-1]["role"] not in _ANSWERING_ROLES
-            or not isinstance(messages[-1]["content"], str)
-        ):
+        if len(messages) < 2 or messages[-1]["role"] not in _ANSWERING_ROLES or messages[-1].get("tool_calls"):
+            return None
+        if not isinstance(messages[-1]["content"], str):
             return None
         *prompt, answer = messages
         tools = columns.get("tools")
@@ -185,6 +205,25 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], c
     prompt = tokenizer.decode(prompt_ids, **options)
     whole = tokenizer.decode([*prompt_ids, *completion_ids], **options)
     return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(completion_ids, **options)
+
+
+def visible_answer(text: str, original: str) -> str:
+    """
+    The part of a response that answers, without the thoughts before it, unless the original shows its thoughts too.
+
+    Chat templates of reasoning models add an empty thought before an answer that has none, which the model repeats.
+
+    Example:
+
+    ```python
+    >>> visible_answer("<think>\\n\\n</think>\\n\\n13", original="12")
+    '13'
+
+    ```
+    """
+    if _END_OF_THOUGHT not in text or _END_OF_THOUGHT in original:
+        return text
+    return text.rpartition(_END_OF_THOUGHT)[2].lstrip()
 
 
 def stop_token_ids(

@@ -8,6 +8,7 @@ run finds everything it had generated.
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ import pyarrow.parquet
 
 
 CHECKPOINT_FILE_NAME = "_refined_responses.parquet"
-"""In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`."""
+"""In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`; it
+pushes whole checkpoints, this file included, with `hub_strategy="checkpoint"` or `"all_checkpoints"`."""
 FOLDER_NAME = "_refined_responses"
 """In the output folder: a folder per run, where responses are written as soon as they are generated."""
 
@@ -57,10 +59,6 @@ class RefreshPlan(NamedTuple):
     """Questions, positions in the training dataset."""
     weights: list[float] | None
     """Of the questions when they were chosen; `None` without a selector."""
-    settings: dict[str, Any]
-    """Of the generation."""
-    batch_size: int
-    """Questions per batch: a batch is generated as a whole."""
 
 
 class _Refresh(NamedTuple):
@@ -75,17 +73,21 @@ class ResponseStore:
     The refined responses of a run, one file per refresh.
 
     Args:
-        folder (`str` or `os.PathLike`): of this run alone; created with the first file.
+        parent (`str` or `os.PathLike`): holds the folders of runs.
+        run (`str`): hexadecimal name of the run, which stays when it is interrupted and resumed.
+        settings (`str`): digest of all that decides on the responses. A run that goes on with other settings gets a
+            folder of its own, and finds there only what its checkpoint brings.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, parent: str | os.PathLike, run: str = "0", settings: str = "0"):
+        self.run = run
+        self.folder = Path(parent) / f"{run}-{settings}"  # created with the first file
         self._refreshes: list[_Refresh] = []  # by step
         self._read_up_to = -1  # a refresh no later than this is here, or will never be
 
     def __getstate__(self) -> dict[str, Any]:
         # To a data loading worker, which maps the files itself
-        return {"folder": self.folder, "_refreshes": [], "_read_up_to": -1}
+        return {"run": self.run, "folder": self.folder, "_refreshes": [], "_read_up_to": -1}
 
     def go_on_as(self, other: "ResponseStore") -> None:
         """Become another store, for all who hold this one."""
@@ -123,9 +125,9 @@ class ResponseStore:
                 return [RefinedResponse(*(column[line].as_py() for column in columns)) for line in refresh.used[row]]
         return []
 
-    def used_rows(self) -> set[int]:
-        """Rows whose original answer has been replaced."""
-        return {row for refresh in self._refreshes for row in refresh.used}
+    def rows_refined_at(self, step: int) -> list[int]:
+        """Rows that got a new answer in the refresh at a step; none if there was no refresh."""
+        return [row for refresh in self._refreshes if refresh.step == step for row in refresh.used]
 
     def table(self) -> pa.Table:
         """All responses, of the columns of `RESPONSE_SCHEMA`, oldest first."""
@@ -140,11 +142,8 @@ class ResponseStore:
         return RefreshPlan(**json.loads(path.read_text())) if path.is_file() else None
 
     def write_plan(self, step: int, plan: RefreshPlan) -> None:
-        """Begin a refresh. What an earlier one at this step left behind is thrown away: it was another plan's."""
+        """Begin a refresh."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f"refresh-{step:08d}-part-*.arrow"):
-            path.unlink()
-        self._refresh_path(step).unlink(missing_ok=True)
         _write_whole(self._plan_path(step), lambda path: path.write_text(json.dumps(plan._asdict())))
 
     def read_part(self, step: int, part: int) -> pa.Table | None:
@@ -154,6 +153,7 @@ class ResponseStore:
 
     def write_part(self, step: int, part: int, responses: pa.Table) -> None:
         """Keep the responses of one batch, before the whole refresh is done."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # another node's may be another disk
         write_table(self._part_path(step, part), responses)
 
     def read_refresh(self, step: int) -> pa.Table | None:
@@ -183,11 +183,11 @@ class ResponseStore:
     # ---- Checkpoints ----
     def save(self, directory: str | os.PathLike) -> None:
         """Write all responses to `_refined_responses.parquet` in an existing directory."""
-        table = self.table().replace_schema_metadata({"run": self.folder.name})
+        table = self.table().replace_schema_metadata({"run": self.run})
         _write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, parent: str | os.PathLike) -> "ResponseStore":
+    def load(cls, directory: str | os.PathLike, parent: str | os.PathLike, settings: str = "0") -> "ResponseStore":
         """
         Go on with the responses of a checkpoint.
 
@@ -195,6 +195,7 @@ class ResponseStore:
             directory (`str` or `os.PathLike`): of the checkpoint.
             parent (`str` or `os.PathLike`): holds the folders of runs. What the run's own folder has of refreshes
                 after the checkpoint stays there.
+            settings (`str`): digest of what decides on the responses now.
 
         Raises:
             `FileNotFoundError`: if the checkpoint has no responses.
@@ -214,7 +215,7 @@ class ResponseStore:
             raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another one.") from error
         if not re.fullmatch(r"[0-9a-f]+", run):
             raise ValueError(f"{path} is damaged and cannot be read (it names the run {run!r}).")
-        store = cls(Path(parent) / run)
+        store = cls(parent, run, settings)
         for step in table.column("step").unique().to_pylist():
             refresh = table.filter(pa.compute.equal(table.column("step"), step)).combine_chunks()
             path = store._refresh_path(step)
@@ -231,7 +232,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def _write_whole(path: Path, write: Any) -> None:
     # Several processes may write the same file, each under a name of its own until it is whole
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         write(partial)
         os.replace(partial, path)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from .refine_prompts import start_of_last_answer
 from .refined_responses import RESPONSE_SCHEMA
@@ -15,7 +15,9 @@ from .response_checks import answer_to_keep
 ORIGINAL_COLUMN = "original_completion"
 RESPONSES_COLUMN = "refined_responses"
 _TEMPORARY = "bilevel_refined_column"
+_THOUGHT_KEYS = ("reasoning_content", "thinking")
 _TOKEN_MASKS = ("completion_mask", "assistant_masks")
+_STORED_FIELDS = ("step", "response", "used", "flaw", "text", "weight", "settings")
 _RESPONSE_FIELDS = ("step", "response", "used", "flaw", "text", "weight", "log_prob", "settings")
 
 
@@ -53,10 +55,10 @@ def with_answer(columns: dict[str, Any], text: str, completion_ids: list[int]) -
         prompt_ids = list(columns["input_ids"])[:start]
         changed: dict[str, Any] = {"input_ids": prompt_ids + completion_ids}
         if "labels" in columns:
-            changed["labels"] = [-100] * start + completion_ids
+            changed["labels"] = list(columns["labels"])[:start] + completion_ids
         for name in _TOKEN_MASKS:
             if name in columns:
-                changed[name] = [0] * start + [1] * len(completion_ids)
+                changed[name] = list(columns[name])[:start] + [1] * len(completion_ids)
         if "attention_mask" in columns:
             changed["attention_mask"] = [1] * (start + len(completion_ids))
         return changed
@@ -64,7 +66,8 @@ def with_answer(columns: dict[str, Any], text: str, completion_ids: list[int]) -
         return {"completion": text}
     name, messages = _messages(columns)
     *before, last = messages
-    return {name: [*before, {**last, _content_key(last): text}]}
+    thoughts = {key: None for key in _THOUGHT_KEYS if last.get(key)}  # they led to the old answer
+    return {name: [*before, {**last, **thoughts, _content_key(last): text}]}
 
 
 def _messages(columns: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -98,16 +101,19 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
         entries: `response_source`, `original_completion` (null for a row that kept its own answer) and
         `refined_responses`, all responses that were generated for the row, used or not.
     """
+    responses = responses.cast(RESPONSE_SCHEMA)
+    completion_ids = responses.column("completion_ids")
     by_row: dict[int, list[dict[str, Any]]] = {}
-    for response in responses.cast(RESPONSE_SCHEMA).to_pylist():
+    # Of the tokens only those of the answers are needed, and as Python objects they would take many times the memory
+    for line, response in enumerate(responses.select(["row", *_STORED_FIELDS]).to_pylist()):
+        response["line"] = line
+        response["log_prob"] = mean_log_prob(responses.column("log_probs")[line])
         by_row.setdefault(response["row"], []).append(response)
     changed: dict[str, dict[int, Any]] = {}  # column -> row -> value
     originals: dict[int, Any] = {}
     for row, of_row in by_row.items():
         used = [response for response in of_row if response["used"]]
         newest = [response for response in used if response["step"] == used[-1]["step"]]
-        for response in of_row:
-            response["log_prob"] = mean_log_prob(response["log_probs"])
         if not newest:
             continue
         answer = newest[
@@ -115,7 +121,7 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
         ]
         columns = dataset[row]
         originals[row] = original_answer(columns)
-        for name, value in with_answer(columns, answer["text"], answer["completion_ids"]).items():
+        for name, value in with_answer(columns, answer["text"], completion_ids[answer["line"]].as_py()).items():
             changed.setdefault(name, {})[row] = value
     num_rows = len(dataset)
     for name, values in changed.items():
@@ -134,17 +140,23 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
     )
     return dataset, {
         "response_source": pa.array(["refined" if row in originals else "original" for row in range(num_rows)]),
-        ORIGINAL_COLUMN: pa.array((originals.get(row) for row in range(num_rows)), type=_answer_type(dataset)),
+        ORIGINAL_COLUMN: _encode([originals.get(row) for row in range(num_rows)], _answer_feature(dataset)),
         RESPONSES_COLUMN: pa.array(records, type=record_type),
     }
 
 
-def _answer_type(dataset: Dataset) -> pa.DataType:
-    types = {field.name: field.type for field in dataset.features.arrow_schema}
+def _answer_feature(dataset: Dataset) -> Any:
     for name in ("input_ids", "completion"):
-        if name in types:
-            return types[name]
-    return pa.string()
+        if name in dataset.features:
+            return dataset.features[name]
+    return Value("string")
+
+
+def _encode(values: list[Any], feature: Any) -> pa.Array:
+    """Values as the type of a column, which Arrow alone cannot always make of them."""
+    encoded = Dataset.from_dict({"values": values}, features=Features({"values": feature}))
+    column = encoded.with_format("arrow")[:].column("values")
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _replace(dataset: Dataset, name: str, values: dict[int, Any]) -> Dataset:
@@ -152,12 +164,12 @@ def _replace(dataset: Dataset, name: str, values: dict[int, Any]) -> Dataset:
     table = dataset.with_format("arrow").select_columns([name])[:]
     column = table.column(name)
     chunks: Iterable[pa.Array] = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    replacements = pa.array(list(values.values()), type=column.type)
+    feature = dataset.features[name]
+    replacements = _encode(list(values.values()), dataset.features[name]).cast(column.type)
     indices = list(range(len(dataset)))
     for position, row in enumerate(values):
         indices[row] = len(dataset) + position
     replaced = pa.chunked_array([*chunks, replacements]).take(pa.array(indices))
-    feature = dataset.features[name]
     order = dataset.column_names
     dataset = dataset.add_column(_TEMPORARY, replaced, feature=feature)
     return dataset.remove_columns([name]).rename_column(_TEMPORARY, name).select_columns(order)

@@ -6,6 +6,8 @@ Every process generates its share of the batches and keeps it on disk at once; t
 number of processes.
 """
 
+import hashlib
+import inspect
 import json
 import math
 from collections import Counter
@@ -14,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from .refine_prompts import Question, QuestionReader, decode_response
+from .refine_prompts import Question, QuestionReader, decode_response, visible_answer
 from .refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
 from .refinement_config import RefinementConfig
 from .response_checks import FLAWS, RewardFunc, find_flaws, sum_rewards
@@ -31,6 +32,7 @@ from .response_generation import ResponseGenerator, VLLMGenerator, batch_seed
 logger = get_logger(__name__)
 
 _FEWEST_FOR_COLLAPSE = 4
+_DECIDING_OPTIONS = ("seed", "learning_rate", "max_steps", "num_train_epochs")
 
 
 class Candidates(NamedTuple):
@@ -117,9 +119,9 @@ class Refiner:
         stop_ids (`list[int]`): tokens that end a response.
         reward_funcs (`list[Callable]`): decide on responses, see [`~trl_bilevel.response_checks.sum_rewards`].
         max_length (`int`, *optional*): of a training sequence, in tokens.
+        context_length (`int`, *optional*): tokens that the model can read.
         batch_size (`int`): questions per call of the generator.
-        seed (`int`): of the choice and the sampling.
-        show_progress (`bool`): whether to show a progress bar.
+        training (`TrainingArguments`): of the run; its seed is that of the choice and the sampling.
     """
 
     def __init__(
@@ -132,9 +134,9 @@ class Refiner:
         stop_ids: list[int],
         reward_funcs: list[RewardFunc],
         max_length: int | None,
+        context_length: int | None,
         batch_size: int,
-        seed: int,
-        show_progress: bool,
+        training: TrainingArguments,
     ):
         self.config = config
         self.reader = reader
@@ -144,9 +146,23 @@ class Refiner:
         self.stop_ids = stop_ids
         self.reward_funcs = reward_funcs
         self.max_length = max_length
+        self.context_length = context_length
         self.batch_size = batch_size
-        self.seed = seed
-        self.show_progress = show_progress
+        self.seed = training.seed
+        self.show_progress = not training.disable_tqdm
+        self._training = training
+
+    @property
+    def settings(self) -> str:
+        """Digest of the options that decide on the responses of a run: with others they must not be mixed."""
+        training = {name: getattr(self._training, name) for name in _DECIDING_OPTIONS}
+        names = [function.__qualname__ for function in self.reward_funcs if inspect.isfunction(function)]
+        options = {name: getattr(self.config, name) for name in RefinementConfig.__dataclass_fields__}
+        # Whatever only says how a response is trained on
+        for name in ("importance_ratio_clip", "importance_sampling_level"):
+            del options[name]
+        digest = hashlib.sha256(repr([training, options, names, self.batch_size, self.max_length]).encode())
+        return digest.hexdigest()[:8]
 
     def refresh(self, store: ResponseStore, step: int, candidates: Candidates) -> pa.Table:
         """
@@ -177,6 +193,7 @@ class Refiner:
             by_number = sorted(gather_object(list(parts.items())))
             responses = pa.concat_tables([RESPONSE_SCHEMA.empty_table(), *(part for _, part in by_number)])
             num_parts = len(batches)
+            _warn_about_useless(responses, step)
             _warn_about_collapse(responses, step, {question.original.strip() for question in questions})
         else:
             num_parts = 0
@@ -191,14 +208,13 @@ class Refiner:
         decision: list[Any] = [None, None]
         if PartialState().is_main_process:
             plan = store.read_plan(step)
-            settings = self.config.generation_settings
-            if plan is not None and plan.settings == settings and plan.batch_size == self.batch_size:
+            if plan is not None:
                 complete = store.read_refresh(step)
                 logger.info(f"Step {step}: going on with a refresh that was begun before this run was interrupted.")
             else:
                 rows = choose_rows(candidates, self.config, self.seed)
                 weights = None if candidates.weights is None else candidates.weights[rows].tolist()
-                plan, complete = RefreshPlan(rows.tolist(), weights, settings, self.batch_size), None
+                plan, complete = RefreshPlan(rows.tolist(), weights), None
                 store.write_plan(step, plan)
             decision = [plan, complete]
         broadcast_object_list(decision)
@@ -217,8 +233,13 @@ class Refiner:
 
     def _room(self, question: Question) -> int:
         """Tokens that a response may have."""
-        longest = self.config.refine_max_new_tokens
-        return longest if self.max_length is None else min(longest, self.max_length - len(question.prompt_ids))
+        room = self.config.refine_max_new_tokens
+        if self.max_length is not None:
+            room = min(room, self.max_length - len(question.prompt_ids))
+        if self.context_length is not None:
+            longest = max(len(question.prompt_ids), len(question.generation_ids))
+            room = min(room, self.context_length - longest)
+        return room
 
     def _questions_per_batch(self, num_questions: int) -> int:
         # vLLM makes its own batches
@@ -232,14 +253,14 @@ class Refiner:
         """This process' share of the batches, by their numbers."""
         state = PartialState()
         own = range(state.process_index, len(batches), state.num_processes)
-        parts = {number: part for number in own if (part := store.read_part(step, number)) is not None}
-        missing = [number for number in own if number not in parts]
+        parts: dict[int, pa.Table] = {}
         if isinstance(self.generator, VLLMGenerator):
-            if not any(gather_object([bool(missing)])):
-                return parts
-            # All processes take part in every call
+            # One part per process, whose size depends on their number, so none is kept; all take part in the call
             missing = [*own] or [-1]
             self.generator.sync_weights()
+        else:
+            parts = {number: part for number in own if (part := store.read_part(step, number)) is not None}
+            missing = [number for number in own if number not in parts]
         progress = tqdm(
             missing,
             desc=f"Step {step}: refining answers",
@@ -248,11 +269,15 @@ class Refiner:
             disable=not (self.show_progress and state.is_main_process),
         )
         for number in progress:
-            questions = batches[number] if number >= 0 else []
-            part = self._answer(questions, step, batch_seed(self.seed, step, max(number, 0)), weights)
-            if number >= 0:
+            if isinstance(self.generator, VLLMGenerator):
+                # Of one tensor-parallel group all must draw the same numbers
+                part = self._answer(
+                    batches[number] if number >= 0 else [], step, batch_seed(self.seed, step, 0), weights
+                )
+            else:
+                part = self._answer(batches[number], step, batch_seed(self.seed, step, number), weights)
                 store.write_part(step, number, part)
-                parts[number] = part
+            parts[number] = part
         return parts
 
     def _answer(self, questions: list[Question], step: int, seed: int, weights: dict[int, float]) -> pa.Table:
@@ -263,7 +288,7 @@ class Refiner:
         asked = [question for question in questions for _ in range(group_size)]  # one per response
         completions = [tokens[: self._room(question)] for question, tokens in zip(asked, generated, strict=True)]
         texts = [
-            decode_response(self.tokenizer, question.prompt_ids, tokens)
+            visible_answer(decode_response(self.tokenizer, question.prompt_ids, tokens), question.original)
             for question, tokens in zip(asked, completions, strict=True)
         ]
         log_probs = self.log_probs_of(
@@ -288,7 +313,14 @@ class Refiner:
         for start in range(0, len(asked), group_size):
             group = slice(start, start + group_size)
             finished = [tokens[-1] in self.stop_ids for tokens in completions[group]]
-            flaws = find_flaws(texts[group], completions[group], log_probs[group], finished, asked[start].original)
+            flaws = find_flaws(
+                texts[group],
+                completions[group],
+                log_probs[group],
+                finished,
+                asked[start].original,
+                self.config.refine_min_probability,
+            )
             for number, flaw in enumerate(flaws):
                 reward = rewards[start + number]
                 rejected = reward is not None and not reward > self.config.refine_reward_threshold
@@ -309,6 +341,16 @@ class Refiner:
                     }
                 )
         return pa.Table.from_pylist(records, schema=RESPONSE_SCHEMA)
+
+
+def _warn_about_useless(responses: pa.Table, step: int) -> None:
+    if len(responses) and not any(responses.column("used").to_pylist()):
+        flaws = Counter(responses.column("flaw").to_pylist()).most_common()
+        logger.warning(
+            f"Step {step}: none of {len(responses)} responses can be used: "
+            f"{', '.join(f'{count} {flaw}' for flaw, count in flaws)}. If they are truncated, raise "
+            "`refine_max_new_tokens`, or set the token that ends an answer by `eos_token`."
+        )
 
 
 def _warn_about_collapse(responses: pa.Table, step: int, originals: set[str]) -> None:
@@ -363,6 +405,6 @@ def model_log_probs(
     return log_probs
 
 
-def mean_log_prob(log_probs: list[float]) -> float:
+def mean_log_prob(log_probs: pa.ListScalar) -> float:
     """Mean over the tokens of a response, in nats."""
-    return float(torch.tensor(log_probs, dtype=torch.float64).mean())
+    return log_probs.values.to_numpy().astype(np.float64).mean().item()

@@ -70,6 +70,9 @@ class RefinementConfig:
             Do not use responses that are empty, repeat themselves, hit the length limit or give the original answer
             again, nor any of a question whose original answer at least half of them give again. They are counted and
             stored in any case.
+        refine_min_probability (`float`, *optional*, defaults to `0.0`):
+            Use only responses that the model is sure of: whose tokens have at least this probability, as a geometric
+            mean, in [0, 1). For answers of one right wording; other text is never that likely.
         refine_reward_threshold (`float`, *optional*, defaults to `0.0`):
             With `reward_funcs`, a response is used if the sum of its rewards is larger than this.
 
@@ -144,6 +147,10 @@ class RefinementConfig:
         default=True,
         metadata={"help": "Do not use empty, repetitive, truncated or unchanged responses."},
     )
+    refine_min_probability: float = field(
+        default=0.0,
+        metadata={"help": "Least probability of a response's tokens, as a geometric mean, for it to be used."},
+    )
     refine_reward_threshold: float = field(
         default=0.0,
         metadata={"help": "With reward functions, a response is used if its rewards add up to more than this."},
@@ -213,6 +220,7 @@ def check_refinement(config: RefinementConfig) -> None:
         ("refine_top_p", 0 < config.refine_top_p <= 1, "larger than 0 and at most 1"),
         ("refine_batch_size", config.refine_batch_size is None or config.refine_batch_size >= 1, "at least 1"),
         ("importance_ratio_clip", config.importance_ratio_clip >= 1, "at least 1, the ratio of an unchanged policy"),
+        ("refine_min_probability", 0 <= config.refine_min_probability < 1, "at least 0 and less than 1"),
         ("refine_reward_threshold", abs(config.refine_reward_threshold) < infinity, "a finite number"),
     ):
         if not holds:
@@ -221,6 +229,11 @@ def check_refinement(config: RefinementConfig) -> None:
         value = getattr(config, name)
         if value >= 1 and value != int(value):
             raise ValueError(f"`{name}` must be a whole number of steps, or a share smaller than 1, got {value}.")
+    if config.sampling_temperature == 0 and config.refine_top_p < 1:
+        raise ValueError(
+            f"`refine_top_p={config.refine_top_p}` has no effect at temperature 0, the default for one response. Set "
+            "`refine_temperature`, for instance to 1, or leave it out."
+        )
     if config.refine_temperature == 0 and config.num_refined_responses > 1:
         raise ValueError(
             f"`refine_temperature=0` always gives the same response, so `num_refined_responses="

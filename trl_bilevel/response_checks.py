@@ -4,15 +4,18 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
-
-from .refine_prompts import Question
+from typing import TYPE_CHECKING, Literal, get_args
 
 
-Flaw = Literal["empty", "repeated", "truncated", "nonfinite", "identical", "outvoted", "rejected"]
+if TYPE_CHECKING:
+    from .refine_prompts import Question
+
+
+Flaw = Literal["empty", "repeated", "truncated", "nonfinite", "identical", "outvoted", "unsure", "rejected"]
 FLAWS: tuple[Flaw, ...] = get_args(Flaw)
 """What can be wrong with a response: no text; goes round in circles; hit the length limit; has no finite likelihood;
-is the original answer; stands against a majority for the original; is turned down by the reward functions."""
+is the original answer; stands against a majority for the original; less likely than is asked for; is turned down by
+the reward functions."""
 RewardFunc = Callable[..., Sequence[float | None]]
 
 _NGRAM = 4
@@ -26,6 +29,7 @@ def find_flaws(
     log_probs: list[list[float]],
     finished: list[bool],
     original: str,
+    min_probability: float = 0.0,
 ) -> list[Flaw | None]:
     """
     What is wrong with each of a question's responses, `None` if nothing.
@@ -36,6 +40,7 @@ def find_flaws(
         log_probs (`list[list[float]]`): of the tokens, in nats.
         finished (`list[bool]`): whether each ended by a stop token, not by the length limit.
         original (`str`): the answer it would replace.
+        min_probability (`float`): of a token, geometric mean over the response, in [0, 1].
     """
     confirmed = confirms_original(texts, original)
     flaws: list[Flaw | None] = []
@@ -50,8 +55,11 @@ def find_flaws(
             flaws.append("truncated")
         elif text.strip() == original.strip():
             flaws.append("identical")
+        elif confirmed:
+            flaws.append("outvoted")
         else:
-            flaws.append("outvoted" if confirmed else None)
+            is_sure = math.exp(sum(likelihoods) / len(likelihoods)) >= min_probability
+            flaws.append(None if is_sure else "unsure")
     return flaws
 
 
@@ -108,7 +116,7 @@ def check_reward_funcs(reward_funcs: RewardFunc | list[RewardFunc] | None) -> li
 
 
 def sum_rewards(
-    reward_funcs: list[RewardFunc], questions: list[Question], texts: list[str], completion_ids: list[list[int]]
+    reward_funcs: list[RewardFunc], questions: "list[Question]", texts: list[str], completion_ids: list[list[int]]
 ) -> list[float | None]:
     """
     Sum of the rewards of each response, called as TRL's GRPO trainer calls its functions.

@@ -1,7 +1,7 @@
 """Generating responses with the model that is being trained, or with vLLM, and leaving the training as it was."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +72,7 @@ class TransformersGenerator:
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         stop_ids (`list[int]`): tokens that end a response.
         config ([`~trl_bilevel.refinement_config.RefinementConfig`]): sampling options.
+        autocast (`Callable`): the precision that the model trains in, as a context.
     """
 
     def __init__(
@@ -80,8 +81,11 @@ class TransformersGenerator:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: list[int],
         config: RefinementConfig,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.model = model
+        self.autocast = autocast
+        self.context_length = context_length(model)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.stop_ids = stop_ids
         # A load-balancing loss is for training; with a KV cache it cannot even be computed
@@ -108,12 +112,17 @@ class TransformersGenerator:
         inputs = [torch.tensor(prompt, device=device) for prompt in prompts]
         input_ids = pad(inputs, padding_value=self.pad_token_id, padding_side="left")  # (P, L)
         attention_mask = pad([torch.ones_like(prompt) for prompt in inputs], padding_value=0, padding_side="left")
-        with ready_to_generate(self.model):
+        new_tokens = self.generation_config.max_new_tokens
+        if self.context_length is not None:
+            new_tokens = min(new_tokens, self.context_length - input_ids.shape[1])
+        # PEFT generates with the inner model, past the forward that accelerate has prepared
+        with ready_to_generate(self.model), self.autocast():
             torch.manual_seed(seed)
             outputs = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=self.generation_config,
+                max_new_tokens=new_tokens,
                 **self.model_options,
             )  # (P * G, L + new tokens)
         return [self._until_stop(response) for response in outputs[:, input_ids.shape[1] :].tolist()]
@@ -184,6 +193,12 @@ class VLLMGenerator:
             _, completion_ids, _, _ = self.vllm.generate(padded, images=None, num_generations=1)
             rounds.append(completion_ids[: len(prompts)])
         return [list(response) for responses in zip(*rounds, strict=True) for response in responses]
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model has positions for, `None` if there is no limit."""
+    # An attribute, as families that store it under another name map it to this one
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def is_sharded() -> bool:

@@ -18,7 +18,7 @@ from .refined_responses import CHECKPOINT_FILE_NAME, FOLDER_NAME, ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, model_log_probs, refresh_metrics
 from .refinement_config import RefinementConfig
 from .response_checks import RewardFunc, check_reward_funcs
-from .response_generation import TransformersGenerator, is_sharded, ready_to_generate
+from .response_generation import TransformersGenerator, context_length, is_sharded, ready_to_generate
 from .self_refining_collator import SelfRefiningCollator
 
 
@@ -54,7 +54,8 @@ class SelfRefiningCallback(TrainerCallback):
         collator ([`SelfRefiningCollator`]): the trainer's `data_collator`.
         config ([`RefinementConfig`]): which questions, when and how; `refine_mode="random"`.
         reward_funcs (`Callable` or `list[Callable]`, *optional*): accept or reject responses, as in
-            [`BilevelSFTTrainer`].
+            [`BilevelSFTTrainer`]; prompts and completions are text, and of the dataset's columns they see those that
+            the trainer has not removed (`remove_unused_columns=False` keeps all).
 
     Raises:
         `ValueError`: for options that only [`BilevelSFTTrainer`] can honour; when training starts, for rows without a
@@ -80,6 +81,11 @@ class SelfRefiningCallback(TrainerCallback):
                     f"`{name}={getattr(config, name)!r}` has no effect in a plain trainer. Leave it out, or use "
                     "BilevelSFTTrainer."
                 )
+        if config.refine_reward_threshold != 0 and reward_funcs is None:
+            raise ValueError(
+                f"`refine_reward_threshold={config.refine_reward_threshold}` has no effect without `reward_funcs`. "
+                "Pass them, or leave it out."
+            )
         self.collator = collator
         self.config = config
         self.reward_funcs = check_reward_funcs(reward_funcs)
@@ -102,7 +108,7 @@ class SelfRefiningCallback(TrainerCallback):
                 "a model that is spread over others."
             )
         reader = _KeyedQuestionReader(dataset.with_format(None), tokenizer, None, self.config.refine_prompt_template)
-        check_refinable(reader, False)
+        check_refinable(reader, False, self.reward_funcs)
         keys = np.array([row_key({"input_ids": tokens}) for tokens in dataset.with_format(None)["input_ids"]])
         refinable = np.zeros(len(dataset), dtype=bool)
         refinable[np.unique(keys, return_index=True)[1]] = True  # of equal rows the first
@@ -128,24 +134,25 @@ class SelfRefiningCallback(TrainerCallback):
             stop_ids,
             self.reward_funcs,
             args.max_length if isinstance(args, SFTConfig) else None,
+            context_length(model),
             batch_size,
-            args.seed,
-            show_progress=not args.disable_tqdm,
+            args,
         )
-        self.collator.connect(self._find_store(args, state), row_key)
-        self.collator.publish(state.global_step)
+        store = self._find_store(args, state, self._refiner.settings)
+        self.collator.connect(store, row_key)
+        self.collator.publish(store.last_step)
 
-    def _find_store(self, args: TrainingArguments, state: TrainerState) -> ResponseStore:
+    def _find_store(self, args: TrainingArguments, state: TrainerState, settings: str) -> ResponseStore:
         """Of the checkpoint that training goes on from, or a new one, the same on all processes."""
         parent = Path(args.output_dir) / FOLDER_NAME
         checkpoint = self._checkpoint(args, state)
         if state.global_step > 0:
             if (checkpoint / CHECKPOINT_FILE_NAME).is_file():
-                return ResponseStore.load(checkpoint, parent)
+                return ResponseStore.load(checkpoint, parent, settings)
             logger.warning(f"{checkpoint} holds no refined responses: training goes on with the original answers.")
         run = [secrets.token_hex(4)]
         broadcast_object_list(run)
-        return ResponseStore(parent / run[0])
+        return ResponseStore(parent, run[0], settings)
 
     @staticmethod
     def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -73,7 +73,7 @@ class StepRows:
         dense = torch.full(log_probs.shape, torch.nan)
         for sequence, span in enumerate(self.refined_spans):
             if span is not None:
-                dense[sequence, span.start : span.start + len(span.log_probs)] = torch.tensor(span.log_probs)
+                dense[sequence, span.start : span.start + len(span.log_probs)] = torch.from_numpy(span.log_probs)
         return dense.to(log_probs.device, non_blocking=True)
 
     def with_whole_pairs(self, finite: torch.Tensor) -> torch.Tensor:
