@@ -126,6 +126,7 @@ STUDY_OPTIONS: dict[str, dict[str, Any]] = {
     "prior 0.05": {"selector_prior": 0.05},
     "softmax weights, step 1": {"selector_activation": "softmax", "selector_learning_rate": 1.0},
     "half of each batch filtered": {"filter_ratio": 0.5},
+    "BDS, refined: lowest weight, sure answers": {**_LOWEST, "refine_min_probability": 0.95},
 }
 
 

@@ -7,6 +7,8 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from trl_bilevel.paired_batches import (
+    REFINED_SPANS,
+    ROW_OF_SEQUENCE,
     SAMPLE_INDEX_COLUMN,
     SAMPLE_INDICES,
     PairedCollator,
@@ -60,7 +62,18 @@ def test_epochs_continue_the_stream():
 
 
 def test_pairs_do_not_depend_on_the_batch_size_at_equal_ratio():
-    assert list(_sampler(12, 7, 8, 4)) == list(_sampler(12, 7, 2, 1))
+    large, small = _sampler(12, 7, 8, 4), _sampler(12, 7, 2, 1)
+    assert [index[:2] for index in large] == [index[:2] for index in small]
+
+
+@pytest.mark.parametrize(("batch_size", "batches_per_step"), [(3, 2), (6, 1), (1, 6), (2, 3)])
+def test_every_row_knows_its_optimizer_step(batch_size, batches_per_step):
+    sampler = PairedSampler(
+        SequentialSampler(range(20)), ValidationStream(5, seed=0), batch_size, 1, batches_per_step, steps_per_epoch=4
+    )
+    assert [index.step for index in sampler] == [row // 6 for row in range(20)]
+    sampler.set_epoch(2)
+    assert [index.step for index in sampler] == [8 + row // 6 for row in range(20)]
 
 
 def test_epoch_reaches_the_sampler_after_a_resume_on_several_processes():
@@ -88,7 +101,8 @@ def test_batch_keeps_the_identity_and_order_of_rows():
     validation = Dataset.from_dict({"labels": [[7], [8]]})
     rows = PairedDataset(training, validation).__getitems__([PairedIndex(2, (1,)), PairedIndex(0, (0, 1))])
     batch = PairedCollator(lambda rows: {"labels": [row["labels"] for row in rows]})(rows)
-    assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10], REFERENCE_NLL: []}
+    assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10], REFERENCE_NLL: [],
+                     ROW_OF_SEQUENCE: [0, 1], REFINED_SPANS: [None, None]}  # fmt: skip
 
 
 def test_collator_that_merges_rows_is_refused():

@@ -244,7 +244,7 @@ def test_every_refresh_replaces_the_responses(make_trainer):
 
     def record(model, inputs, *args, **kwargs):
         rows = inputs["step_rows"]
-        batches.append([span.log_probs for span in rows.refined_spans if span is not None])
+        batches.append([span.log_probs.tolist() for span in rows.refined_spans if span is not None])
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = record
