@@ -2,13 +2,12 @@
 
 import os
 
+from hub_environment import HUB, HubServer
 
-# Before anything imports the Hub client: the tests must neither reach for it nor report to it
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,14 @@ def build_tiny_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrai
         )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The Hub, empty and in order."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture(scope="session")

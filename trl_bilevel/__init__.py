@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .bilevel_sft_config import BilevelSFTConfig
     from .bilevel_sft_trainer import BilevelSFTTrainer
     from .data_selector import DataSelector
+    from .hub import load_curated_dataset
     from .refinement_config import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
     from .self_refining_callback import SelfRefiningCallback
     from .self_refining_collator import SelfRefiningCollator
@@ -24,6 +25,7 @@ __all__ = [
     "SelfRefiningCallback",
     "SelfRefiningCollator",
     "__version__",
+    "load_curated_dataset",
 ]
 
 _MODULES = {
@@ -32,6 +34,7 @@ _MODULES = {
     "DataSelector": "data_selector",
     "IMPROVE_ANSWER_TEMPLATE": "refinement_config",
     "RefinementConfig": "refinement_config",
+    "load_curated_dataset": "hub",
     "SelfRefiningCallback": "self_refining_callback",
     "SelfRefiningCollator": "self_refining_collator",
 }

@@ -97,6 +97,9 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         sample_id_column (`str`, *optional*):
             Column of the training dataset with a unique id per row (string or integer), reported in the curated
             dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position.
+        save_training_rows (`bool`, *optional*, defaults to `True`):
+            Write the training rows to the output folder, once, so that `trl-bilevel curate` and `trl-bilevel push` can
+            make the curated dataset of a finished or interrupted run.
         source_column (`str`, *optional*):
             Column of the training dataset that names each row's source (string or integer). All rows of a source then
             share one weight (ScaleBiO, arXiv 2406.19976), see [`BilevelSFTTrainer.source_weights`].
@@ -194,6 +197,10 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         },
     )
 
+    save_training_rows: bool = field(
+        default=True,
+        metadata={"help": "Write the training rows to the output folder, for `trl-bilevel curate` and `push`."},
+    )
     source_column: str | None = field(
         default=None,
         metadata={

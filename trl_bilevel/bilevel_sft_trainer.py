@@ -12,6 +12,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -31,6 +32,8 @@ from .dataset_checks import (
     resolve_sources,
     warn_about_shared_rows,
 )
+from .hub import publish_curated_dataset
+from .model_card import build_model_card
 from .paired_batches import (
     OPTIMIZER_STEP,
     SAMPLE_INDEX_COLUMN,
@@ -54,6 +57,7 @@ from .response_generation import (
     context_length,
     ready_to_generate,
 )
+from .run_records import describe_run, is_hub_id, push_command, save_scores, save_training_rows
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
@@ -167,6 +171,7 @@ class BilevelSFTTrainer(BilevelStep):
             raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
         reward_funcs = check_reward_funcs(reward_funcs)
         num_validation = len(validation_dataset)
+        trusted_rows = validation_dataset  # as the user passed them
 
         super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
@@ -226,6 +231,8 @@ class BilevelSFTTrainer(BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
+        self._run_facts = describe_run(args, get_config_model_id(self.model.config), train_dataset, trusted_rows)
+        self._curated_repo_id: str | None = None  # once it was pushed
         self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
         self._rows_to_refine = np.zeros(len(train_dataset), dtype=bool)
@@ -503,6 +510,87 @@ class BilevelSFTTrainer(BilevelStep):
             responses=None if self.refiner is None else self.response_store.table(),
         )
 
+    def push_curated_dataset(
+        self,
+        repo_id: str,
+        keep_ratio: float | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        sensitive: bool = False,
+    ) -> CommitInfo | None:
+        """
+        Publish the curated dataset, with every row's score and a card, in one commit.
+
+        `load_dataset(repo_id)` then gives the rows kept, their own columns first. See
+        [`~trl_bilevel.hub.publish_curated_dataset`] for the configurations and the errors. All processes may
+        call it; the main one pushes.
+
+        Args:
+            repo_id (`str`): dataset repository, created if it does not exist.
+            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps all.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str`, *optional*): to write with; `hub_token`, or the one logged in with, if `None`.
+            revision (`str`, *optional*): branch, created if it does not exist.
+            commit_message (`str`, *optional*): of the commit.
+            license (`str`, *optional*): of the dataset, where its source does not say.
+            sensitive (`bool`): show no rows in the card.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit; `None` on other processes than the main one.
+        """
+        if not self.is_world_process_zero():
+            return None
+        output_dir = self.args.output_dir
+        self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
+        commit = publish_curated_dataset(
+            self.curate(),
+            self._run_facts,
+            repo_id,
+            keep_ratio=keep_ratio,
+            private=private,
+            token=token or self.args.hub_token,
+            revision=revision,
+            commit_message=commit_message,
+            license=license,
+            sensitive=sensitive,
+            retry_command=push_command(output_dir, repo_id, keep_ratio) if self.args.save_training_rows else None,
+        )
+        self._curated_repo_id = commit.repo_url.repo_id
+        return commit
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the metadata by which PEFT and the Hub know an adapter, the datasets, and the results."""
+        if not self.is_world_process_zero():
+            return
+        own_tags = [tags] if isinstance(tags, str) else tags or []
+        names = [dataset_name, self._curated_repo_id, self._run_facts["training"]["id"]]
+        datasets = [name for name in dict.fromkeys(names) if name and is_hub_id(name)]
+        folder = Path(self.args.output_dir)
+        build_model_card(
+            self._run_facts,
+            self.state.log_history,
+            model_name=model_name or (self.hub_model_id or folder.name).split("/")[-1],
+            repo_id=self.hub_model_id or folder.name,
+            is_adapter=is_peft_model(self.model),
+            datasets=datasets,
+            tags={*own_tags, *self._tag_names},
+            citation=_PAPER_CITATION,
+        ).save(folder / "README.md")
+
+    def _save_records(self, directory: str) -> None:
+        """What `trl-bilevel curate` and `push` need, without the model."""
+        os.makedirs(directory, exist_ok=True)
+        save_scores(directory, self.data_selector, self._run_facts)
+        if self.refiner is not None:
+            self.response_store.save(directory)
+        if self.args.save_training_rows:
+            save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
+
     def score(
         self,
         dataset: Dataset | IterableDataset,
@@ -561,8 +649,7 @@ class BilevelSFTTrainer(BilevelStep):
             for part in (self.value_function, self.amortized_selector):
                 if part is not None:
                     part.save(directory)
-            if self.refiner is not None:
-                self.response_store.save(directory)
+            self._save_records(directory)
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 

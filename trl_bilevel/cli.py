@@ -55,9 +55,42 @@ def _run_sft(options: list[str]) -> None:
 def _run_score(options: list[str]) -> None:
     from .scripts import score
 
-    if options and not options[0].startswith("-"):
-        options = ["--run_dir", *options]
-    score.main(*score.make_parser(prog="trl-bilevel score").parse_args_and_config(options))
+    parser = score.make_parser(prog="trl-bilevel score")
+    score.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+
+
+def _run_push(options: list[str]) -> None:
+    from .scripts import push
+
+    push.main(*push.make_parser(prog="trl-bilevel push").parse_args_and_config(_named(options, "run_dir", "repo_id")))
+
+
+def _run_curate(options: list[str]) -> None:
+    from .scripts import curate
+
+    parser = curate.make_parser(prog="trl-bilevel curate")
+    curate.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+
+
+def _named(options: list[str], *names: str) -> list[str]:
+    """
+    Options whose first values may stand without a name.
+
+    Example:
+
+    ```python
+    >>> _named(["out", "me/rows", "--keep_ratio", "0.5"], "run_dir", "repo_id")
+    ['--run_dir', 'out', '--repo_id', 'me/rows', '--keep_ratio', '0.5']
+
+    ```
+    """
+    named: list[str] = []
+    for name in names:
+        if not options or options[0].startswith("-"):
+            break
+        named += [f"--{name}", options[0]]
+        options = options[1:]
+    return named + options
 
 
 def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:
@@ -77,7 +110,9 @@ def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:
 
 
 _COMMANDS = {
+    "curate": (_run_curate, "write the curated dataset of a run, finished or interrupted"),
     "demo": (_run_demo, "find planted faults in a dataset: no network, no GPU, a few minutes"),
+    "push": (_run_push, "publish the curated dataset of a run on the Hub"),
     "score": (_run_score, "rank rows that were never trained on with the model of a finished run"),
     "sft": (_run_sft, "fine-tune with a trusted validation dataset; options as `trl sft`"),
 }

@@ -1,0 +1,16 @@
+"""For the tests the Hub is a server on this machine; to be imported before anything that imports the Hub's client."""
+
+import os
+import tempfile
+
+from hub_server import HubServer, start_hub
+
+
+HUB: HubServer = start_hub()
+
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_TOKEN"] = "hf_write"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="trl_bilevel_tests_")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -1,0 +1,270 @@
+"""Publishing to a Hub and loading from it, by the real clients over HTTP."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from conftest import prompt_completion_rows
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard, HfApi
+
+import trl_bilevel.hub
+from trl_bilevel import load_curated_dataset
+from trl_bilevel.hub import PublishError
+from trl_bilevel.run_records import curate_run, describe_dataset
+
+
+REPO = "me/mixture-curated"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(trl_bilevel.hub, "_FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def trained(make_trainer):
+    trainer = make_trainer(max_steps=8)
+    trainer.train()
+    return trainer
+
+
+def _load(config=None, **options):
+    return load_dataset(REPO, config, split="train", **options)
+
+
+def _card(hub, revision="main"):
+    return DatasetCard(hub.files("dataset", REPO, revision)["README.md"].decode())
+
+
+def test_published_rows_are_those_kept(hub, trained, train_dataset):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    curated = _load()
+    expected = trained.curate(keep_ratio=0.5)
+    assert curated.column_names[:2] == train_dataset.column_names
+    assert curated.to_list() == expected.to_list()
+    scores = _load("scores")
+    assert scores["sample_id"][:] == list(range(24))
+    assert sum(scores["kept"]) == 12
+    np.testing.assert_allclose(scores["weight"], trained.data_selector.weights().numpy(), rtol=1e-6)
+    assert sorted(scores["rank"]) == list(range(1, 25))
+    assert list(load_dataset(REPO, split="train", streaming=True)) == expected.to_list()
+    assert hub.repo("dataset", REPO).history()[0].message == "Curated dataset: 12 of 24 rows"
+
+
+def test_second_push_of_the_same_is_no_commit(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(hub.repo("dataset", REPO).history()) == 1
+
+
+def test_another_ratio_replaces_the_rows_and_an_old_revision_stays(hub, trained):
+    first = trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    trained.push_curated_dataset(REPO, keep_ratio=0.75)
+    assert len(_load()) == 18
+    assert len(_load(revision=first.oid)) == 6
+    assert [name for name in hub.files("dataset", REPO) if name.startswith("curated")] == [
+        "curated/train-00000-of-00001.parquet"
+    ]
+
+
+def test_what_was_written_by_hand_stays_in_the_card(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5, license="cc-by-4.0")
+    card = _card(hub)
+    assert card.data.license == "cc-by-4.0"
+    text = card.content.replace("license: cc-by-4.0", "license: mit\nlanguage:\n- en")
+    text = text.replace("<!-- trl-bilevel: start -->", "# My own words\n\n<!-- trl-bilevel: start -->") + "\nThanks!\n"
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO, repo_type="dataset")
+    trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    card = _card(hub)
+    assert card.data.license == "mit"
+    assert card.data.language == ["en"]
+    assert card.text.lstrip().startswith("# My own words")
+    assert card.text.rstrip().endswith("Thanks!")
+    assert card.text.count("trl-bilevel: start") == 1
+    assert "6 of 24 rows" in card.text
+    assert "12 of 24 rows" not in card.text
+
+
+def test_card_says_what_it_must(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    card = _card(hub)
+    assert card.data.task_categories == ["text-generation"]
+    assert card.data.size_categories == ["n<1K"]
+    assert {"trl", "bilevel-sft"} <= set(card.data.tags)
+    assert "synthetic" not in card.data.tags
+    assert [config["config_name"] for config in card.data.to_dict()["configs"]] == ["curated", "scores"]
+    assert "arXiv:2511.21056" in card.text
+    assert "| kept | 12 | 50.0 % |" in card.text
+    assert hub.files("dataset", REPO)["assets/weights.png"].startswith(b"\x89PNG")
+
+
+def test_nothing_local_or_secret_is_published(hub, make_trainer, tmp_path):
+    trainer = make_trainer(hub_token="hf_write", run_name="secret-run")
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    for content in hub.files("dataset", REPO).values():
+        for secret in (str(tmp_path), "hf_write", "secret-run"):
+            assert secret.encode() not in content
+    facts = json.loads((tmp_path / "run" / "_run.json").read_text())
+    assert str(tmp_path) not in json.dumps(facts)
+    assert "hf_write" not in json.dumps(facts)
+
+
+def test_hostile_rows_are_text_in_the_card(hub, make_trainer):
+    rows = [
+        {"prompt": f"q{row} <script>alert(1)</script> | [x](javascript:1) ---\n# Title", "completion": " <img src=x>"}
+        for row in range(8)
+    ]
+    trainer = make_trainer(train_dataset=Dataset.from_list(rows), max_steps=2)
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    text = _card(hub).text
+    assert "<script>" not in text
+    assert "<img" not in text
+    assert "](javascript" not in text
+    assert "\n# Title" not in text
+    assert "q0 &#60;script&#62;" in text
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5, sensitive=True)
+    assert "q0" not in _card(hub).text
+    assert "not-for-all-audiences" in _card(hub).data.tags
+
+
+def test_refined_answers_are_published_beside_the_originals(hub, make_trainer):
+    trainer = make_trainer(
+        refine_ratio=0.5, refine_start_step=0, refine_every_steps=100, refine_max_new_tokens=4,
+        refine_discard_flawed=False,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_curated_dataset(REPO)
+    refined = _load("refined")
+    expected = trainer.curate().filter(lambda row: row["response_source"] == "refined")
+    assert refined.to_list() == expected.to_list()
+    assert len(refined) == 12
+    assert "refined_responses" not in _load().column_names
+    card = _card(hub)
+    assert "synthetic" in card.data.tags
+    assert "The answers of 12 rows were regenerated" in card.text
+
+
+def test_a_branch_is_made_and_main_stays(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5, revision="half", private=True)
+    assert hub.repo("dataset", REPO).private
+    assert len(_load(revision="half")) == 12
+    assert hub.files("dataset", REPO) == {}
+
+
+# ---- Cut anew ----
+def test_published_rows_are_cut_anew_by_their_scores(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.75)
+    assert load_curated_dataset(REPO).to_list() == _load().to_list()
+    assert load_curated_dataset(REPO, keep_ratio=0.25).to_list() == trained.curate(keep_ratio=0.25).to_list()
+    heavy = load_curated_dataset(REPO, min_weight=1.0)
+    assert heavy["sample_id"][:] == [row for row in range(24) if trained.data_selector.weights()[row] >= 1]
+    with pytest.raises(ValueError, match=r"only the best 18 were published \(0.750"):
+        load_curated_dataset(REPO, keep_ratio=0.9)
+    with pytest.raises(ValueError, match="No row"):
+        load_curated_dataset(REPO, min_weight=100)
+    with pytest.raises(ValueError, match="at most 1"):
+        load_curated_dataset(REPO, keep_ratio=2)
+
+
+def test_where_a_dataset_comes_from_is_recorded(hub, trained, make_trainer):
+    commit = trained.push_curated_dataset(REPO, license="mit")
+    source = _load().select_columns(["prompt", "completion"])
+    description = describe_dataset(source)
+    assert (description["id"], description["revision"]) == (REPO, commit.oid)
+    trainer = make_trainer(train_dataset=source)
+    trainer.train()
+    trainer.push_curated_dataset("me/second", keep_ratio=0.5)
+    card = DatasetCard(hub.files("dataset", "me/second")["README.md"].decode())
+    assert card.data.source_datasets == [REPO]
+    assert commit.oid in card.text
+
+
+# ---- From disk ----
+def test_run_on_disk_gives_the_same_dataset(hub, make_trainer, train_dataset):
+    trainer = make_trainer(save_strategy="steps", save_steps=4, max_steps=8)
+    trainer.train()
+    output_dir = trainer.args.output_dir
+    assert curate_run(output_dir, 0.5).to_list() == trainer.curate(0.5).to_list()  # interrupted: its last checkpoint
+    assert len(curate_run(f"{output_dir}/checkpoint-4")) == 24
+    trainer.save_model()
+    assert curate_run(output_dir).to_list() == trainer.curate().to_list()
+    with pytest.raises(FileNotFoundError, match="holds no scores"):
+        curate_run(output_dir + "-elsewhere")
+
+
+def test_rows_are_not_written_where_that_is_not_wanted(make_trainer):
+    trainer = make_trainer(save_training_rows=False)
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(FileNotFoundError, match="save_training_rows=False"):
+        curate_run(trainer.args.output_dir)
+
+
+# ---- Faults ----
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_passing_failures_are_tried_again(hub, trained, status):
+    hub.fail("POST", "/commit/", status, times=2)
+    hub.fail("POST", "/repos/create", status, times=1)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load()) == 12
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_wrong", REPO, r"\(401\).*hf auth login"),
+        ("hf_read", REPO, r"\(403\).*may not write to me"),
+        ("hf_write", "nobody/rows", r"\(403\).*may not write to nobody"),
+    ],
+)
+def test_missing_permissions_are_named(hub, trained, token, repo_id, message):
+    with pytest.raises(PublishError, match=message) as error:
+        trained.push_curated_dataset(repo_id, token=token)
+    assert f"trl-bilevel push {trained.args.output_dir} {repo_id}" in str(error.value)
+    assert token not in str(error.value)
+
+
+def test_failures_that_last_leave_the_run_on_disk(hub, trained, caplog):
+    hub.fail("POST", "/repos/create", 500, times=100)
+    with pytest.raises(PublishError, match=r"\(500\): the Hub has failed") as error:
+        trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert f"`trl-bilevel push {trained.args.output_dir} {REPO} --keep_ratio 0.5`" in str(error.value)
+    assert curate_run(trained.args.output_dir, 0.5).to_list() == trained.curate(0.5).to_list()
+    assert any(record.levelno == logging.WARNING and "again in" in record.message for record in caplog.records)
+
+
+def test_upload_cut_in_the_middle_leaves_the_old_revision_whole(hub, make_trainer):
+    rows = Dataset.from_list([{**row, "prompt": row["prompt"] + "x" * 300} for row in prompt_completion_rows(24)])
+    trainer = make_trainer(train_dataset=rows, max_steps=1)
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.25)
+    before = _load().to_list()
+    hub.fail("POST", "/commit/", times=100, cut_after=100)
+    with pytest.raises(PublishError, match="cannot be reached"):
+        trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    hub.faults.clear()
+    assert _load(download_mode="force_redownload").to_list() == before
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load()) == 12
+
+
+def test_full_disk_is_named(hub, trained, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "to_parquet", full)
+    with pytest.raises(PublishError, match=r"No space left on device.*TMPDIR"):
+        trained.push_curated_dataset(REPO)
+    assert hub.files("dataset", REPO) == {}
+
+
+def test_bad_arguments_are_refused_before_the_network(hub, trained):
+    with pytest.raises(ValueError, match="keep_ratio"):
+        trained.push_curated_dataset(REPO, keep_ratio=1.5)
+    with pytest.raises(ValueError, match="cannot be a repository's name"):
+        trained.push_curated_dataset("../../etc/passwd")
+    assert hub.requests == []

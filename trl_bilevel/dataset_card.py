@@ -1,0 +1,226 @@
+"""The card of a published curated dataset."""
+
+import html
+import re
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import DatasetCard, DatasetCardData
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN
+
+
+FIGURE_PATH = "assets/weights.png"
+START_MARK = "<!-- trl-bilevel: start -->"
+END_MARK = "<!-- trl-bilevel: end -->"
+_CURATION_COLUMNS = ("sample_id", "weight", "rank", "scored", "response_source", ORIGINAL_COLUMN, RESPONSES_COLUMN)
+_NUM_EXAMPLES = 5
+_LONGEST_EXAMPLE = 200  # characters
+_SMALLEST_WEIGHT = 1e-6
+_SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+_OURS = ("configs", "size_categories", "source_datasets", "annotations_creators")
+_FROM_RUN_ON = re.compile(re.escape(START_MARK) + ".*?" + re.escape(END_MARK) + "\n?", flags=re.DOTALL)
+
+
+def build_card(
+    scored: Dataset,
+    num_kept: int,
+    facts: dict[str, Any],
+    repo_id: str,
+    license: str | None,
+    sensitive: bool,
+    old_card: DatasetCard | None,
+    folder: Path,
+) -> DatasetCard:
+    """
+    The card, with what its readers wrote by hand into the old one; draws its figure.
+
+    Args:
+        scored (`datasets.Dataset`): all N rows with their scores.
+        num_kept (`int`): rows published.
+        facts (`dict`): of the run, see [`~trl_bilevel.run_records.describe_run`].
+        repo_id (`str`): of the dataset repository.
+        license (`str`, *optional*): of the dataset; that of the source if `None`.
+        sensitive (`bool`): show no rows.
+        old_card (`huggingface_hub.DatasetCard`, *optional*): the one on the Hub.
+        folder (`pathlib.Path`): where the figure goes.
+    """
+    weights = np.asarray(scored["weight"])
+    kept = np.asarray(scored["rank"]) <= num_kept
+    refined = np.asarray(scored["response_source"]) == "refined"
+    draw_weights(weights, kept, folder / FIGURE_PATH)
+    training, validation = facts["training"], facts["validation"]
+    metadata: dict[str, Any] = {
+        "license": license or training["license"],
+        "pretty_name": f"{repo_id.split('/')[-1]}",
+        "task_categories": ["text-generation"],
+        "annotations_creators": ["machine-generated"],
+        "size_categories": [size_category(num_kept)],
+        "source_datasets": [training["id"]] if training["id"] else ["original"],
+        "tags": ["trl", "bilevel-sft", "data-curation", *(["synthetic"] if refined.any() else [])],
+        "configs": _configs(scored, bool(refined.any())),
+    }
+    if sensitive:
+        metadata["tags"].append("not-for-all-audiences")
+    values = {
+        "start_mark": START_MARK,
+        "end_mark": END_MARK,
+        "pretty_name": metadata["pretty_name"],
+        "repo_id": repo_id,
+        "split": _configs(scored, False)[0]["data_files"][0]["split"],
+        "num_rows": len(scored),
+        "num_kept": int(kept.sum()),
+        "num_refined": int((refined & kept).sum()),
+        "has_refined": bool(refined.any()),
+        "num_validation": validation["num_rows"],
+        "source": f"`{training['id']}`" if training["id"] else "a dataset that is not on the Hub",
+        "validation": f"`{validation['id']}`" if validation["id"] else "not on the Hub",
+        "revision": training["revision"],
+        "figure": FIGURE_PATH,
+        "stricter": round(max(0.01, num_kept / len(scored) / 2), 2),
+        "source_columns": [escape(name) for name in scored.column_names if name not in _CURATION_COLUMNS],
+        "base_model": facts["base_model"],
+        "method": facts["options"]["selection_method"].upper(),
+        "options": {name: value for name, value in facts["options"].items() if value is not None},
+        "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
+        "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
+        "command": _command(facts),
+        "examples": {} if sensitive else _examples(scored, kept, refined),
+    }
+    template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
+    ours = Environment(keep_trailing_newline=True, trim_blocks=True).from_string(template).render(values)
+    return _merge(metadata, ours, old_card)
+
+
+def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) -> DatasetCard:
+    """Our part and our keys written anew, all else as it was."""
+    text = ours
+    if old_card is not None:
+        found = old_card.data.to_dict()
+        tags = [*dict.fromkeys([*(found.get("tags") or []), *metadata["tags"]])]
+        # What depends on the rows is ours; the rest is a proposal, and whoever corrected it is right
+        metadata = {**metadata, **{name: value for name, value in found.items() if name not in _OURS}, "tags": tags}
+        if START_MARK in old_card.text:
+            text = _FROM_RUN_ON.sub(lambda _: ours, old_card.text, count=1)
+        else:
+            text = f"{old_card.text.rstrip()}\n\n{ours}" if old_card.text.strip() else ours
+    data = DatasetCardData(**{name: value for name, value in metadata.items() if value is not None})
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n{text.lstrip()}")
+
+
+def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
+    from .hub import split_name
+
+    configs = []
+    for name in ("curated", "scores", *(["refined"] if has_refined else [])):
+        split = split_name(scored)
+        config: dict[str, Any] = {"config_name": name}
+        if name == "curated":
+            config["default"] = True
+        configs.append({**config, "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"}]})
+    return configs
+
+
+def size_category(num_rows: int) -> str:
+    """
+    The Hub's name for a number of rows.
+
+    Example:
+
+    ```python
+    >>> size_category(999), size_category(1000), size_category(25_000_000)
+    ('n<1K', '1K<n<10K', '10M<n<100M')
+
+    ```
+    """
+    return next((name for limit, name in _SIZES if num_rows < limit), "10M<n<100M")
+
+
+def _command(facts: dict[str, Any]) -> str:
+    options = {name: value for name, value in facts["options"].items() if value is not None}
+    training, validation = facts["training"], facts["validation"]
+    named = {
+        "model_name_or_path": facts["base_model"] or "MODEL",
+        "dataset_name": training["id"] or "TRAINING_ROWS",
+        "validation_dataset_name": validation["id"] or "TRUSTED_ROWS",
+        "output_dir": "out",
+        **options,
+    }
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in named.items())
+
+
+def escape(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
+    """
+    Text of a row as one cell of a Markdown table: shortened, and nothing in it is markup.
+
+    Example:
+
+    ```python
+    >>> escape("a|b\\n<script>")
+    'a&#124;b &#60;script&#62;'
+
+    ```
+    """
+    text = " ".join(text.split())
+    text = text if len(text) <= longest else f"{text[:longest]}…"
+    return "".join(
+        character if character.isalnum() or character in " .,…" or ord(character) > 127 else f"&#{ord(character)};"
+        for character in html.unescape(text)
+        if character.isprintable()
+    )
+
+
+def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    rank = np.asarray(scored["rank"])
+    dropped = np.flatnonzero(~kept)
+    groups = {
+        "Kept, of the highest weight": np.argsort(rank)[:_NUM_EXAMPLES],
+        "Dropped, of the lowest weight": dropped[np.argsort(-rank[dropped])][:_NUM_EXAMPLES],
+        "Regenerated, and the answers they replaced": np.flatnonzero(refined)[:_NUM_EXAMPLES],
+    }
+    columns = [name for name in scored.column_names if name not in _CURATION_COLUMNS]
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for title, indices in groups.items():
+        examples[title] = []
+        for row in scored.select(indices):
+            cell = {"weight": row["weight"], "text": escape(" / ".join(_plain(row[name]) for name in columns))}
+            if title.startswith("Regenerated"):
+                cell["original"] = escape(_plain(row[ORIGINAL_COLUMN]))
+            examples[title].append(cell)
+    return examples
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return " / ".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in value)
+    return "" if value is None else str(value)
+
+
+def draw_weights(weights: np.ndarray, kept: np.ndarray, path: Path) -> None:
+    """
+    Draw how the weights of kept and dropped rows spread, and save it as a PNG.
+
+    Args:
+        weights (`numpy.ndarray`): shape (N,), mean 1.
+        kept (`numpy.ndarray`): bool, shape (N,).
+        path (`pathlib.Path`): file to write.
+    """
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    logarithms = np.log10(np.clip(weights.astype(np.float64), _SMALLEST_WEIGHT, None))
+    bins = np.linspace(logarithms.min() - 1e-9, logarithms.max() + 1e-9, 50).tolist()
+    for rows, label, color in ((kept, "kept", "#2a78b5"), (~kept, "dropped", "#d1495b")):
+        axes.hist(logarithms[rows], bins=bins, label=f"{label} ({rows.sum():,} rows)", color=color, alpha=0.6)
+    axes.xaxis.set_major_formatter(lambda logarithm, _: f"{10**logarithm:.2g}")
+    axes.set(xlabel="learned weight of a row (mean 1)", ylabel="rows")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the date and version that would make every push a new file
+    figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -1,0 +1,251 @@
+"""
+What a run leaves on disk for its curated dataset, so that it can be cut and published later, without the model.
+
+The names start with `_`: Trainer does not push such files of an output folder.
+"""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset, load_from_disk
+from transformers.trainer_utils import get_last_checkpoint
+
+from .curation import curate_dataset
+from .data_selector import DataSelector
+from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
+
+
+ROWS_FOLDER_NAME = "_training_rows"
+SCORES_FILE_NAME = "_row_scores.parquet"
+FACTS_FILE_NAME = "_run.json"
+_ALWAYS_SHOWN = ("selection_method", "validation_weight", "num_train_epochs", "learning_rate", "seed")
+_FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"
+_PACKAGES = ("trl-bilevel", "trl", "transformers", "peft", "datasets", "torch")
+# An allow-list: nothing else of the arguments, such as paths, tokens and addresses, may reach a card
+_CARD_OPTIONS = (
+    "selection_method",
+    "bmo_temperature",
+    "validation_weight",
+    "validation_weight_decay",
+    "validation_loss_type",
+    "beta",
+    "value_function",
+    "value_function_rows",
+    "selector_prior",
+    "selector_activation",
+    "selector_optimizer",
+    "selector_learning_rate",
+    "filter_ratio",
+    "loss_normalization",
+    "refine_ratio",
+    "refine_mode",
+    "refine_start_step",
+    "refine_every_steps",
+    "num_refined_responses",
+    "refine_max_new_tokens",
+    "refine_temperature",
+    "refine_top_p",
+    "importance_ratio_clip",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_validation_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "max_length",
+    "seed",
+)
+# Where `load_dataset` caches a repository's rows, the only place that says which commit they are of
+_CACHE_PATH = re.compile(
+    r".*/((?P<namespace>[^/]+)___)?(?P<name>[^/]+)/(?P<config>[^/]+)/\d+\.\d+\.\d+/(?P<revision>[0-9a-f]{40})/[^/]+"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def save_training_rows(directory: str | os.PathLike, rows: Dataset, fingerprint: str) -> None:
+    """
+    Write the training rows as the user passed them, unless they are there already.
+
+    Args:
+        directory (`str` or `os.PathLike`): output folder of the run.
+        rows (`datasets.Dataset`): all N of them.
+        fingerprint (`str`): tells whether rows on disk are the same.
+    """
+    folder = Path(directory) / ROWS_FOLDER_NAME
+    mark = folder / _FINGERPRINT_FILE_NAME
+    if mark.is_file() and mark.read_text() == fingerprint:
+        return
+    partial = folder.with_name(f"{ROWS_FOLDER_NAME}.{secrets.token_hex(4)}.partial")
+    try:
+        rows.with_format(None).save_to_disk(partial)
+        (partial / _FINGERPRINT_FILE_NAME).write_text(fingerprint)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_scores(directory: str | os.PathLike, selector: DataSelector, facts: dict[str, Any]) -> None:
+    """
+    Write what curation needs to know of every row, and the facts for the card, each whole or not at all.
+
+    Args:
+        directory (`str` or `os.PathLike`): an existing folder, of the run or of a checkpoint.
+        selector ([`DataSelector`]): N rows.
+        facts (`dict`): what [`describe_run`] returns.
+    """
+    table = pa.table(
+        {
+            "sample_id": selector.sample_ids,
+            "logit": selector.logits.numpy(),
+            "weight": selector.weights().numpy(),
+            "scored": selector.scored.numpy(),
+            "judged": selector.judged.numpy(),
+        }
+    )
+    for name, write in (
+        (SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path)),
+        (FACTS_FILE_NAME, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n")),
+    ):
+        path = Path(directory) / name
+        partial = path.with_name(f"{name}.partial")
+        write(partial)
+        os.replace(partial, path)
+
+
+def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> Dataset:
+    """
+    The curated dataset of a run on disk, finished or interrupted; no model is loaded.
+
+    Args:
+        run_dir (`str` or `os.PathLike`): output folder of a run, of which the last checkpoint is taken if it was
+            interrupted, or a checkpoint.
+        keep_ratio (`float`, *optional*): see [`BilevelSFTTrainer.curate`].
+
+    Raises:
+        `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
+        `ValueError`: if `keep_ratio` is out of range, or the files do not belong together.
+    """
+    directory = _find_scores(run_dir)
+    rows_folder = next(
+        (
+            folder / ROWS_FOLDER_NAME
+            for folder in (directory, directory.parent)
+            if (folder / ROWS_FOLDER_NAME).is_dir()
+        ),
+        None,
+    )
+    if rows_folder is None:
+        raise FileNotFoundError(
+            f"{directory} has no training rows beside its scores. They are in the output folder of the run, unless it "
+            "was trained with `save_training_rows=False`: then curate in the training script, `trainer.curate(...)`."
+        )
+    rows = load_from_disk(str(rows_folder))
+    scores = pyarrow.parquet.read_table(directory / SCORES_FILE_NAME)
+    if len(scores) != len(rows):
+        raise ValueError(
+            f"{directory} has scores of {len(scores)} rows and {rows_folder} holds {len(rows)}: they are of different "
+            "runs."
+        )
+    responses = directory / RESPONSES_FILE_NAME
+    return curate_dataset(
+        rows,
+        scores.column("sample_id"),
+        weights=_column(scores, "weight"),
+        scores=_column(scores, "logit"),
+        scored=_column(scores, "scored"),
+        judged=_column(scores, "judged"),
+        keep_ratio=keep_ratio,
+        responses=pyarrow.parquet.read_table(responses) if responses.is_file() else None,
+    )
+
+
+def push_command(run_dir: str | os.PathLike, repo_id: str, keep_ratio: float | None) -> str:
+    """
+    The command that publishes a run's curated dataset.
+
+    Example:
+
+    ```python
+    >>> push_command("out", "me/rows", 0.7)
+    'trl-bilevel push out me/rows --keep_ratio 0.7'
+
+    ```
+    """
+    words = ["trl-bilevel", "push", str(run_dir), repo_id]
+    return shlex.join(words if keep_ratio is None else [*words, "--keep_ratio", str(keep_ratio)])
+
+
+def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """What [`describe_run`] said of a run on disk."""
+    return json.loads((_find_scores(run_dir) / FACTS_FILE_NAME).read_text())
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    return table.column(name).to_numpy()
+
+
+def _find_scores(run_dir: str | os.PathLike) -> Path:
+    directory = Path(run_dir)
+    if (directory / SCORES_FILE_NAME).is_file():
+        return directory
+    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    if checkpoint is not None and (Path(checkpoint) / SCORES_FILE_NAME).is_file():
+        return Path(checkpoint)
+    raise FileNotFoundError(
+        f"{directory} holds no scores of rows. Give the output folder, or a checkpoint, of a run with "
+        "BilevelSFTTrainer that has come to its first checkpoint."
+    )
+
+
+def describe_run(args: Any, model_name: str | None, training: Dataset, validation: Dataset) -> dict[str, Any]:
+    """
+    The facts of a run that a card may show, JSON values: nothing local and nothing secret.
+
+    Args:
+        args ([`BilevelSFTConfig`]): options; those of an allow-list are taken.
+        model_name (`str`, *optional*): what the model was loaded from. A folder of this machine is left out.
+        training (`datasets.Dataset`): rows as the user passed them.
+        validation (`datasets.Dataset`): trusted rows, likewise.
+    """
+    return {
+        "base_model": model_name if model_name and is_hub_id(model_name) else None,
+        "options": {
+            name: getattr(args, name)
+            for name in _CARD_OPTIONS
+            if name in _ALWAYS_SHOWN or getattr(args, name) != type(args).__dataclass_fields__[name].default
+        },
+        "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
+        "training": describe_dataset(training),
+        "validation": describe_dataset(validation),
+    }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be a repository's and is no path here."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Where a dataset comes from, if that is the Hub, and how many rows it has."""
+    paths = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
+    source = next((match for path in paths if (match := _CACHE_PATH.fullmatch(path))), None)
+    return {
+        "id": "/".join(filter(None, (source["namespace"], source["name"]))) if source else None,
+        "revision": source["revision"] if source else None,
+        "config": source["config"] if source else None,
+        "split": str(dataset.split) if dataset.split else None,
+        "license": dataset.info.license or None,
+        "num_rows": len(dataset),
+    }

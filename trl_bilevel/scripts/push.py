@@ -1,0 +1,65 @@
+"""
+`trl-bilevel push`: publish the curated dataset of a run, finished or interrupted. No model is loaded.
+
+```bash
+trl-bilevel push Qwen3-0.6B-BilevelSFT me/mixture-curated --keep_ratio 0.7
+```
+"""
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+
+@dataclass
+class PushArguments:
+    """
+    Arguments of the script.
+
+    Args:
+        run_dir (`str`): output folder, or a checkpoint, of a run; also the first argument without a name.
+        repo_id (`str`): dataset repository; also the second.
+        keep_ratio (`float`, *optional*): share of the rows to keep, in (0, 1]; all of them, scored, by default.
+        private (`bool`, *optional*): whether a new repository is private.
+        revision (`str`, *optional*): branch to push to.
+        commit_message (`str`, *optional*): of the commit.
+        license (`str`, *optional*): of the dataset, where its source does not say.
+        sensitive (`bool`): show no rows in the card.
+    """
+
+    run_dir: str = field(default="", metadata={"help": "Output folder, or a checkpoint, of a run."})
+    repo_id: str = field(default="", metadata={"help": "Dataset repository to push to."})
+    keep_ratio: float | None = field(default=None, metadata={"help": "Share of the rows to keep, in (0, 1]."})
+    private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    license: str | None = field(default=None, metadata={"help": "License, where the source does not say."})
+    sensitive: bool = field(default=False, metadata={"help": "Show no rows in the card."})
+
+    def __post_init__(self) -> None:
+        for name in ("run_dir", "repo_id"):
+            if not getattr(self, name):
+                raise ValueError(f"`--{name}` is missing.")
+
+
+def main(args: PushArguments) -> None:
+    from trl_bilevel.hub import publish_curated_dataset
+    from trl_bilevel.run_records import curate_run, push_command, read_facts
+
+    commit = publish_curated_dataset(
+        curate_run(args.run_dir),
+        read_facts(args.run_dir),
+        args.repo_id,
+        keep_ratio=args.keep_ratio,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.commit_message,
+        license=args.license,
+        sensitive=args.sensitive,
+        retry_command=push_command(args.run_dir, args.repo_id, args.keep_ratio),
+    )
+    print(f"🤗 Curated dataset pushed to the Hub as {args.repo_id}, commit {commit.oid[:8]}.")
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser(PushArguments, prog=prog)
