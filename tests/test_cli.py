@@ -128,6 +128,25 @@ def test_example_runs(files, tmp_path):
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 7
 
 
+def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub):
+    """Train and push the model; then publish and write the curated dataset without it."""
+    command = str(Path(sys.executable).with_name("trl-bilevel"))
+    options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
+    result = _run(command, "sft", *options)
+    assert result.returncode == 0, result.stderr
+    assert "model.safetensors" in hub.files("model", "me/model")
+    result = _run(command, "push", str(tmp_path / "out"), "me/rows", "--keep_ratio", "0.5", "--license", "mit")
+    assert result.returncode == 0, result.stderr
+    published = load_dataset("me/rows", split="train")
+    assert len(published) == 12
+    result = _run(
+        command, "curate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cut"), "--keep_ratio", "0.5"
+    )
+    assert result.returncode == 0, result.stderr
+    cut = load_dataset(str(tmp_path / "cut"), split="train", cache_dir=str(tmp_path))
+    assert cut.to_list() == published.to_list()
+
+
 def test_self_refining_example_shows_what_became_of_the_answers(files, tmp_path):
     options = _training_options(files, tmp_path / "out")
     options[options.index(str(files / "mixture.jsonl"))] = str(files / "mixture")

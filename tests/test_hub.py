@@ -5,9 +5,11 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, load_dataset
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import DatasetCard, HfApi, ModelCard
+from peft import LoraConfig, PeftModel
 
 import trl_bilevel.hub
 from trl_bilevel import load_curated_dataset
@@ -153,6 +155,51 @@ def test_a_branch_is_made_and_main_stays(hub, trained):
     assert hub.repo("dataset", REPO).private
     assert len(_load(revision="half")) == 12
     assert hub.files("dataset", REPO) == {}
+
+
+# ---- The adapter ----
+def test_adapter_is_pushed_with_a_card_that_peft_and_the_hub_know(hub, make_trainer, build_model, tokenizer):
+    trainer = make_trainer(
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        push_to_hub=True, hub_model_id="me/adapter", max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5, collection="Curated")
+    trainer.push_to_hub()
+    files = hub.files("model", "me/adapter")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files.keys()
+    assert not [name for name in files if name.startswith("_")]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "peft"
+    assert card.data.datasets == [REPO]
+    assert {"trl", "bilevel-sft"} <= set(card.data.tags)
+    assert "author       = {Quan Xiao" in card.text
+    assert "effective share of the training rows" in card.text
+    loaded = PeftModel.from_pretrained(build_model(), "me/adapter")
+    batch = tokenizer("add 1 and 2:", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+    (collection,) = hub.collections.values()
+    assert [(item["type"], item["id"]) for item in collection["items"]] == [("dataset", REPO), ("model", "me/adapter")]
+
+
+def test_pushed_checkpoint_goes_on(hub, make_trainer, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "checkpoint", "save_strategy": "steps",
+               "save_steps": 4, "max_steps": 8}  # fmt: skip
+    trainer = make_trainer(**options)
+    trainer.train()
+    assert all(job.exception() is None for job in trainer.push_in_progress.jobs)  # in the background, nobody sees it
+    files = hub.files("model", "me/run")
+    assert "last-checkpoint/data_selector.safetensors" in files
+    folder = tmp_path / "downloaded" / "checkpoint-8"
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/"):
+            path = folder / name.removeprefix("last-checkpoint/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    resumed = make_trainer(max_steps=10, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert resumed.state.global_step == 10
 
 
 # ---- Cut anew ----

@@ -116,9 +116,9 @@ def test_checkpoint_wins_over_what_another_attempt_left_behind(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 torn"])
 def test_damaged_checkpoint_names_the_file(tmp_path, damage):
-    with pytest.raises(FileNotFoundError, match=r"_refined_responses\.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"_refined_responses\.pq"):
         ResponseStore.load(tmp_path, tmp_path)
-    (tmp_path / "_refined_responses.parquet").write_bytes(damage)
+    (tmp_path / "_refined_responses.pq").write_bytes(damage)
     with pytest.raises(ValueError, match="damaged"):
         ResponseStore.load(tmp_path, tmp_path)
 
@@ -126,9 +126,9 @@ def test_damaged_checkpoint_names_the_file(tmp_path, damage):
 def test_checkpoint_cannot_point_out_of_the_output_folder(tmp_path):
     store = ResponseStore(tmp_path, "0abc")
     store.save(tmp_path)
-    table = pa.parquet.read_table(tmp_path / "_refined_responses.parquet")
+    table = pa.parquet.read_table(tmp_path / "_refined_responses.pq")
     table = table.replace_schema_metadata({"run": "../../elsewhere"})
-    pa.parquet.write_table(table, tmp_path / "_refined_responses.parquet")
+    pa.parquet.write_table(table, tmp_path / "_refined_responses.pq")
     with pytest.raises(ValueError, match="damaged"):
         ResponseStore.load(tmp_path, tmp_path)
 

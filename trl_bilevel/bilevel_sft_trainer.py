@@ -32,7 +32,7 @@ from .dataset_checks import (
     resolve_sources,
     warn_about_shared_rows,
 )
-from .hub import publish_curated_dataset
+from .hub import add_to_collection, publish_curated_dataset
 from .model_card import build_model_card
 from .paired_batches import (
     OPTIMIZER_STEP,
@@ -520,6 +520,7 @@ class BilevelSFTTrainer(BilevelStep):
         commit_message: str | None = None,
         license: str | None = None,
         sensitive: bool = False,
+        collection: str | None = None,
     ) -> CommitInfo | None:
         """
         Publish the curated dataset, with every row's score and a card, in one commit.
@@ -537,6 +538,7 @@ class BilevelSFTTrainer(BilevelStep):
             commit_message (`str`, *optional*): of the commit.
             license (`str`, *optional*): of the dataset, where its source does not say.
             sensitive (`bool`): show no rows in the card.
+            collection (`str`, *optional*): title of a collection for the dataset and, where it was pushed, the model.
 
         Returns:
             `huggingface_hub.CommitInfo`: the commit; `None` on other processes than the main one.
@@ -559,6 +561,13 @@ class BilevelSFTTrainer(BilevelStep):
             retry_command=push_command(output_dir, repo_id, keep_ratio) if self.args.save_training_rows else None,
         )
         self._curated_repo_id = commit.repo_url.repo_id
+        if collection is not None:
+            repos = {self._curated_repo_id: "dataset"}
+            if self.hub_model_id is not None:
+                repos[self.hub_model_id] = "model"
+            add_to_collection(
+                collection, repos, self._curated_repo_id.split("/")[0], token or self.args.hub_token, private
+            )
         return commit
 
     def create_model_card(

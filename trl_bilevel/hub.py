@@ -121,6 +121,39 @@ def publish_curated_dataset(
             )
 
 
+def add_to_collection(
+    title: str, repos: dict[str, str], namespace: str, token: str | None = None, private: bool | None = None
+) -> str:
+    """
+    Put repositories into a collection, which is made if it does not exist.
+
+    Args:
+        title (`str`): of the collection.
+        repos (`dict[str, str]`): `"dataset"` or `"model"` of each repository.
+        namespace (`str`): whose collection it is.
+        token (`str`, *optional*): to write with.
+        private (`bool`, *optional*): whether a new collection is private.
+
+    Returns:
+        `str`: the collection's slug.
+
+    Raises:
+        [`PublishError`]: if the Hub cannot be reached or refuses.
+    """
+    api = HfApi(token=token)
+    with _explained(f"The collection {title!r}", ""):
+        collection = _retried(
+            lambda: api.create_collection(title, namespace=namespace, private=bool(private), exists_ok=True)
+        )
+        for repo_id, kind in repos.items():
+            _retried(
+                lambda repo_id=repo_id, kind=kind: api.add_collection_item(
+                    collection.slug, item_id=repo_id, item_type=kind, exists_ok=True
+                )
+            )
+    return collection.slug
+
+
 def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
     """
     Write the configurations as Parquet files, and return their names.

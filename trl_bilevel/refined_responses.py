@@ -19,9 +19,10 @@ import pyarrow.feather
 import pyarrow.parquet
 
 
-CHECKPOINT_FILE_NAME = "_refined_responses.parquet"
+CHECKPOINT_FILE_NAME = "_refined_responses.pq"
 """In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`; it
-pushes whole checkpoints, this file included, with `hub_strategy="checkpoint"` or `"all_checkpoints"`."""
+pushes whole checkpoints, this file included, with `hub_strategy="checkpoint"` or `"all_checkpoints"`. A Parquet file,
+but not by its name: the Hub's client refuses to commit `.parquet` to a model repository."""
 FOLDER_NAME = "_refined_responses"
 """In the output folder: a folder per run, where responses are written as soon as they are generated."""
 
@@ -182,7 +183,7 @@ class ResponseStore:
 
     # ---- Checkpoints ----
     def save(self, directory: str | os.PathLike) -> None:
-        """Write all responses to `_refined_responses.parquet` in an existing directory."""
+        """Write all responses to `_refined_responses.pq` in an existing directory."""
         table = self.table().replace_schema_metadata({"run": self.run})
         _write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
 

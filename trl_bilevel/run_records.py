@@ -26,7 +26,7 @@ from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 
 
 ROWS_FOLDER_NAME = "_training_rows"
-SCORES_FILE_NAME = "_row_scores.parquet"
+SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client takes no `.parquet` in a model repository's checkpoint
 FACTS_FILE_NAME = "_run.json"
 _ALWAYS_SHOWN = ("selection_method", "validation_weight", "num_train_epochs", "learning_rate", "seed")
 _FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"

@@ -115,6 +115,10 @@ def main(
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    # Before the curated dataset is in the same folder: the Hub's client takes no data files in a model repository
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
     if trainer.is_world_process_zero():
         curated = trainer.curate(script_args.keep_ratio)
         path = Path(training_args.output_dir) / "curated" / "train.parquet"
@@ -125,9 +129,6 @@ def main(
         if training_args.source_column is not None:
             for source, weight in trainer.source_weights().items():
                 trainer.accelerator.print(f"   {weight:8.4f}  {source}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
     trainer.end()
 
 
