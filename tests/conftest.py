@@ -84,6 +84,14 @@ def build_tiny_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrai
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quantized_weights_stay_trainable() -> Iterator[None]:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights for inference, and cannot train on them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        yield
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """The Hub, empty and in order."""

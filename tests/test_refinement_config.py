@@ -21,6 +21,7 @@ from trl_bilevel.refinement import is_refresh_due
         ({"refine_top_p": 0, "refine_temperature": 1}, "at most 1"),
         ({"refine_top_p": 0.9}, "no effect at temperature 0"),
         ({"refine_min_probability": 1.0}, "less than 1"),
+        ({"refine_min_probability": 0.9, "refine_discard_flawed": False}, "no effect with"),
         ({"refine_batch_size": 0}, "at least 1"),
         ({"importance_ratio_clip": 0.5}, "unchanged policy"),
         ({"importance_sampling_level": "row"}, "'token' or 'sequence'"),

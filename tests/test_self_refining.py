@@ -292,6 +292,22 @@ def test_bmo_weighs_new_answers_at_once(make_trainer):
     torch.testing.assert_close(trainer.data_selector.logits[4:8], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_value_function_learns_original_answers_only(make_trainer):
+    trainer = make_trainer(
+        peft_config=_lora(), value_function="adapter", **{**REFINE, "refine_ratio": 0.5}, max_steps=8
+    )
+    fit, seen = trainer._fit_value_function, []
+
+    def record(value_function, inputs):
+        rows = inputs["step_rows"]
+        seen.extend(zip(rows.is_refined.tolist(), (rows.value_coefficients > 0).tolist(), strict=True))
+        return fit(value_function, inputs)
+
+    trainer._fit_value_function = record
+    trainer.train()
+    assert set(seen) == {(True, False), (False, True)}
+
+
 # ---- Guard rails ----
 def _answering(trainer, answer):
     """Let every question be answered by the same tokens."""

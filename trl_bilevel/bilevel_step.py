@@ -175,7 +175,7 @@ class BilevelStep(SFTTrainer):
         return row_coefficients_of_step(
             [batch[STEP_ROWS] for batch in batches],
             [batch["labels"].to(self.args.device) for batch in batches],
-            self._own_rows(step_weights).to(self.args.device),
+            self._own_rows(step_weights),
             threshold,
             validation_weight,
             self.args.loss_normalization,

@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,7 +191,7 @@ class Refiner:
             weights = dict(zip(plan.rows, plan.weights or [], strict=False))
             parts = self._generate_parts(store, step, batches, weights)
             # Of all processes, in the order of the batches
-            by_number = sorted(gather_object(list(parts.items())))
+            by_number = sorted(gather_object(list(parts.items())), key=itemgetter(0))
             responses = pa.concat_tables([RESPONSE_SCHEMA.empty_table(), *(part for _, part in by_number)])
             num_parts = len(batches)
             _warn_about_useless(responses, step)

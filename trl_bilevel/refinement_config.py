@@ -229,6 +229,11 @@ def check_refinement(config: RefinementConfig) -> None:
         value = getattr(config, name)
         if value >= 1 and value != int(value):
             raise ValueError(f"`{name}` must be a whole number of steps, or a share smaller than 1, got {value}.")
+    if config.refine_min_probability > 0 and not config.refine_discard_flawed:
+        raise ValueError(
+            f"`refine_min_probability={config.refine_min_probability}` has no effect with "
+            "`refine_discard_flawed=False`, which uses unsure responses too. Leave one of them out."
+        )
     if config.sampling_temperature == 0 and config.refine_top_p < 1:
         raise ValueError(
             f"`refine_top_p={config.refine_top_p}` has no effect at temperature 0, the default for one response. Set "

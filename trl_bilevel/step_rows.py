@@ -103,13 +103,14 @@ class StepRows:
         Join the micro-batch's rows with their weights.
 
         Args:
-            weights (`torch.Tensor`): of its training rows, shape (T,), on the device of `labels`.
+            weights (`torch.Tensor`): of its training rows, shape (T,), on the CPU.
             threshold (`float`): see [`~trl_bilevel.losses.filter_threshold`].
             labels (`torch.Tensor`): shape (R, L), -100 where ignored.
         """
-        row_of_sequence = self.row_of_sequence.to(weights.device)
-        shares = 1 / row_of_sequence.bincount(minlength=self.num_training).float()  # (T,)
-        weights, shares = weights[row_of_sequence], shares[row_of_sequence]  # (S,) each
+        # On the CPU, then in one transfer: counting on the device would wait for it
+        shares = 1 / self.row_of_sequence.bincount(minlength=self.num_training).float()  # (T,)
+        of_rows = torch.stack([weights.float(), shares])
+        weights, shares = of_rows[:, self.row_of_sequence].to(labels.device)  # (S,) each
         kept = weights >= threshold
         num_tokens = labels[:, 1:].ne(-100).sum(dim=1)  # (R,)
         training_tokens, validation_tokens = num_tokens.tensor_split([self.num_sequences])
@@ -133,7 +134,7 @@ def row_coefficients_of_step(
     Args:
         step_rows (`list[StepRows]`): the step's micro-batches on this process.
         labels (`list[torch.Tensor]`): of their sequences, shape (R, L) each, -100 where ignored.
-        weights (`torch.Tensor`): of their training rows, one micro-batch after the other.
+        weights (`torch.Tensor`): of their training rows, one micro-batch after the other, on the CPU.
         threshold (`float`): rows of a lower weight are left out.
         validation_weight (`float`): lambda.
         normalization (`"token"` or `"row"`): what losses are divided by, over the whole step.
