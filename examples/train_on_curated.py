@@ -1,14 +1,17 @@
 """
 TRL's own `SFTTrainer` on the dataset that another run curated: a small model finds the good rows, a large one learns
-them.
+them. Nothing of `trl-bilevel` is needed here.
 
 ```bash
 trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft \
     --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir small
+trl-bilevel push small me/mixture-curated --keep_ratio 0.7
 
 accelerate launch examples/train_on_curated.py --model_name_or_path Qwen/Qwen3-8B --use_peft \
-    --dataset_name small/curated --keep_ratio 0.5 --output_dir large
+    --dataset_name me/mixture-curated --keep_ratio 0.5 --output_dir large
 ```
+
+`small/curated`, the same on disk, works as well as the name on the Hub.
 
 To let the larger run go on learning the weights, give them to it instead: `trl-bilevel sft ... --data_selector small`.
 """
@@ -29,7 +32,7 @@ from trl import (
 
 @dataclass
 class ExampleArguments(ScriptArguments):
-    keep_ratio: float = 0.7  # share of the rows to train on, the best first
+    keep_ratio: float = 1.0  # share of the published rows to train on, the best first
 
 
 if __name__ == "__main__":
@@ -37,9 +40,8 @@ if __name__ == "__main__":
     script_args, training_args, model_args = parser.parse_args_and_config()
 
     curated = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
-    # Ranks are over all rows that were scored, 1 is best
-    num_kept = round(script_args.keep_ratio * max(curated["rank"]))
-    curated = curated.filter(lambda row: row["scored"] and row["rank"] <= num_kept)
+    num_kept = round(script_args.keep_ratio * len(curated))
+    curated = curated.filter(lambda row: row["scored"] and row["rank"] <= num_kept)  # 1 is the best rank
 
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,

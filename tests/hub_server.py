@@ -72,6 +72,7 @@ class HubServer:
         self.collections: dict[str, dict[str, Any]] = {}
         self.tokens = {"hf_write": ("me", "write"), "hf_read": ("me", "read")}
         self.organizations = ["my-team"]
+        self.strangers = ["nobody"]
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
 
@@ -199,6 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
         user = self._user(write=True)
         assert user is not None
         name, role = user
+        if namespace not in (name, *self.hub.organizations, *self.hub.strangers):
+            raise _HTTPError(404, f'The namespace "{namespace}" does not exist')
         if role != "write" or namespace not in (name, *self.hub.organizations):
             raise _HTTPError(
                 403, f'You don\'t have the rights to create or change repositories under the namespace "{namespace}"'

@@ -145,6 +145,21 @@ def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub):
     assert result.returncode == 0, result.stderr
     cut = load_dataset(str(tmp_path / "cut"), split="train", cache_dir=str(tmp_path))
     assert cut.to_list() == published.to_list()
+    options = _training_options(files, tmp_path / "elsewhere")
+    options[options.index(str(files / "mixture.jsonl"))] = "me/rows"
+    del options[options.index("--validation_dataset_name") : options.index("--validation_dataset_name") + 2]
+    result = _run(sys.executable, str(EXAMPLES / "train_on_curated.py"), *options, "--keep_ratio", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_curated_rows_are_written_when_the_hub_takes_no_model(files, tmp_path, hub):
+    hub.fail("POST", "/commit/", 403, times=100)
+    options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
+    result = _run(str(Path(sys.executable).with_name("trl-bilevel")), "sft", *options)
+    assert result.returncode != 0
+    assert f"`hf upload me/model {tmp_path / 'out'} ." in result.stderr
+    assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
 
 
 def test_self_refining_example_shows_what_became_of_the_answers(files, tmp_path):

@@ -2,17 +2,23 @@
 
 import json
 import logging
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import prompt_completion_rows
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 
 import trl_bilevel.hub
 from trl_bilevel import load_curated_dataset
+from trl_bilevel.cli import main
 from trl_bilevel.hub import PublishError
 from trl_bilevel.run_records import curate_run, describe_dataset
 
@@ -106,8 +112,13 @@ def test_nothing_local_or_secret_is_published(hub, make_trainer, tmp_path):
     trainer = make_trainer(hub_token="hf_write", run_name="secret-run")
     trainer.train()
     trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    trainer.push_to_hub()
     for content in hub.files("dataset", REPO).values():
-        for secret in (str(tmp_path), "hf_write", "secret-run"):
+        assert b"secret-run" not in content
+    files = hub.files("model", "me/run")
+    assert "training_args.bin" in files  # pickles what it is given
+    for content in [*hub.files("dataset", REPO).values(), *files.values()]:
+        for secret in (str(tmp_path), "hf_write"):
             assert secret.encode() not in content
     facts = json.loads((tmp_path / "run" / "_run.json").read_text())
     assert str(tmp_path) not in json.dumps(facts)
@@ -218,16 +229,52 @@ def test_published_rows_are_cut_anew_by_their_scores(hub, trained):
 
 
 def test_where_a_dataset_comes_from_is_recorded(hub, trained, make_trainer):
-    commit = trained.push_curated_dataset(REPO, license="mit")
+    commit = trained.push_curated_dataset(REPO, license="mit", language="en")
     source = _load().select_columns(["prompt", "completion"])
     description = describe_dataset(source)
-    assert (description["id"], description["revision"]) == (REPO, commit.oid)
+    assert description["sources"] == [{"id": REPO, "revision": commit.oid, "config": "curated"}]
     trainer = make_trainer(train_dataset=source)
     trainer.train()
     trainer.push_curated_dataset("me/second", keep_ratio=0.5)
     card = DatasetCard(hub.files("dataset", "me/second")["README.md"].decode())
     assert card.data.source_datasets == [REPO]
     assert commit.oid in card.text
+    assert f"--dataset_name {REPO} \\\n    --dataset_config curated" in card.text
+    assert (card.data.license, card.data.language) == ("mit", ["en"])  # carried from the source
+
+
+def test_all_sources_of_a_mixture_are_recorded(hub, trained, make_trainer, caplog):
+    for name, license in (("me/a", "mit"), ("me/b", "apache-2.0")):
+        trained.push_curated_dataset(name, license=license, keep_ratio=0.5)
+    parts = [load_dataset(name, split="train").select_columns(["prompt", "completion"]) for name in ("me/a", "me/b")]
+    trainer = make_trainer(train_dataset=concatenate_datasets(parts))
+    trainer.train()
+    caplog.clear()
+    trainer.push_curated_dataset(REPO)
+    card = _card(hub)
+    assert card.data.source_datasets == ["me/a", "me/b"]
+    assert "--dataset_name TRAINING_ROWS" in card.text
+    assert "license" not in card.data.to_dict()  # nobody can say which of the two
+    assert "published without a license" in caplog.text
+    hub.repos.pop(("dataset", "me/b"))  # a source that is gone
+    trainer.push_curated_dataset(REPO, license="other")
+    assert _card(hub).data.license == "other"
+
+
+def test_license_is_asked_for_where_nobody_has_said(hub, trained, tmp_path, monkeypatch):
+    trained.save_model()
+    answers = []
+
+    def ask(question, default):
+        answers.append(question)
+        return "cc0-1.0"
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("rich.prompt.Prompt.ask", ask)
+    for _ in range(2):
+        main(["push", trained.args.output_dir, REPO])
+        assert _card(hub).data.license == "cc0-1.0"
+    assert len(answers) == 1  # the card on the Hub has it now
 
 
 # ---- From disk ----
@@ -266,6 +313,7 @@ def test_passing_failures_are_tried_again(hub, trained, status):
         ("hf_wrong", REPO, r"\(401\).*hf auth login"),
         ("hf_read", REPO, r"\(403\).*may not write to me"),
         ("hf_write", "nobody/rows", r"\(403\).*may not write to nobody"),
+        ("hf_write", "ghost/rows", r"\(404\).*ghost does not exist"),
     ],
 )
 def test_missing_permissions_are_named(hub, trained, token, repo_id, message):
@@ -284,19 +332,56 @@ def test_failures_that_last_leave_the_run_on_disk(hub, trained, caplog):
     assert any(record.levelno == logging.WARNING and "again in" in record.message for record in caplog.records)
 
 
-def test_upload_cut_in_the_middle_leaves_the_old_revision_whole(hub, make_trainer):
+@pytest.mark.parametrize(("method", "path"), [("POST", "/commit/"), ("PUT", "/lfs-upload/")])
+def test_upload_cut_in_the_middle_leaves_the_old_revision_whole(hub, make_trainer, monkeypatch, method, path):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts of the client
     rows = Dataset.from_list([{**row, "prompt": row["prompt"] + "x" * 300} for row in prompt_completion_rows(24)])
     trainer = make_trainer(train_dataset=rows, max_steps=1)
     trainer.train()
     trainer.push_curated_dataset(REPO, keep_ratio=0.25)
     before = _load().to_list()
-    hub.fail("POST", "/commit/", times=100, cut_after=100)
+    hub.fail(method, path, times=100, cut_after=100)
     with pytest.raises(PublishError, match="cannot be reached"):
         trainer.push_curated_dataset(REPO, keep_ratio=0.5)
     hub.faults.clear()
     assert _load(download_mode="force_redownload").to_list() == before
     trainer.push_curated_dataset(REPO, keep_ratio=0.5)
     assert len(_load()) == 12
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_repository_that_changed_meanwhile_is_not_overwritten(hub, trained, status):
+    trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    hub.fail("POST", "/commit/", status)
+    with pytest.raises(PublishError, match=rf"\({status}\).*changed meanwhile. Push again"):
+        trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load()) == 6
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load(download_mode="force_redownload")) == 12
+
+
+def test_offline_mode_is_named(hub, trained, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PublishError, match=r"offline mode is on\. Unset `HF_HUB_OFFLINE`") as error:
+        trained.push_curated_dataset(REPO)
+    assert f"`trl-bilevel push {trained.args.output_dir} {REPO}`" in str(error.value)
+    assert hub.requests == []
+
+
+def test_model_that_the_hub_refuses_is_on_disk(hub, make_trainer):
+    with pytest.raises(PublishError, match=r"\(403\).*may not write to nobody"):  # before training
+        make_trainer(push_to_hub=True, hub_model_id="nobody/model")
+    trainer = make_trainer(push_to_hub=True, hub_model_id="me/model", max_steps=1)
+    trainer.train()
+    hub.fail("POST", "/commit/", 500, times=100)
+    with pytest.raises(PublishError, match=r"\(500\): the Hub has failed") as error:
+        trainer.push_to_hub()
+    hub.faults.clear()
+    (command,) = re.findall(r"`(hf upload .*?)`", str(error.value))
+    program = str(Path(sys.executable).with_name("hf"))
+    result = subprocess.run([program, *shlex.split(command)[1:]], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= hub.files("model", "me/model").keys()
 
 
 def test_full_disk_is_named(hub, trained, monkeypatch):

@@ -1,5 +1,6 @@
 """Options of the bilevel trainer."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from .selector_updates import SelectorActivation
 SelectionMethod = Literal["bds", "bmo"]
 ValidationLossType = Literal["nll", "dpo"]
 ValueFunctionType = Literal["none", "adapter"]
+_TOKENS = ("hub_token", "token")
 
 
 @dataclass
@@ -262,6 +264,10 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
         _check_sft_options(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling only: Trainer writes `training_args.bin` into folders that it pushes to the Hub."""
+        return _without_secrets(vars(self))
+
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "BilevelSFTConfig":
         """The same options with the bilevel defaults added, for scripts that still pass an [`~trl.SFTConfig`]."""
@@ -271,6 +277,15 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             if option.init and option.name in cls.__dataclass_fields__
         }
         return cls(**options)
+
+
+def _without_secrets(value: Any) -> Any:
+    """Options without tokens, and of paths the last part only."""
+    if isinstance(value, dict):
+        return {name: None if name in _TOKENS else _without_secrets(item) for name, item in value.items()}
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
+    return value
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ from .dataset_checks import (
     resolve_sources,
     warn_about_shared_rows,
 )
-from .hub import add_to_collection, publish_curated_dataset
+from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
 from .paired_batches import (
     OPTIMIZER_STEP,
@@ -57,7 +57,15 @@ from .response_generation import (
     context_length,
     ready_to_generate,
 )
-from .run_records import describe_run, is_hub_id, push_command, save_scores, save_training_rows
+from .run_records import (
+    describe_run,
+    is_hub_id,
+    push_command,
+    save_scores,
+    save_training_rows,
+    source_ids,
+    upload_command,
+)
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
@@ -231,7 +239,9 @@ class BilevelSFTTrainer(BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
-        self._run_facts = describe_run(args, get_config_model_id(self.model.config), train_dataset, trusted_rows)
+        self._run_facts = describe_run(
+            args, get_config_model_id(self.model.config), train_dataset, trusted_rows, has_value_function
+        )
         self._curated_repo_id: str | None = None  # once it was pushed
         self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
@@ -519,6 +529,7 @@ class BilevelSFTTrainer(BilevelStep):
         revision: str | None = None,
         commit_message: str | None = None,
         license: str | None = None,
+        language: str | list[str] | None = None,
         sensitive: bool = False,
         collection: str | None = None,
     ) -> CommitInfo | None:
@@ -537,6 +548,7 @@ class BilevelSFTTrainer(BilevelStep):
             revision (`str`, *optional*): branch, created if it does not exist.
             commit_message (`str`, *optional*): of the commit.
             license (`str`, *optional*): of the dataset, where its source does not say.
+            language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes, where their source does not say.
             sensitive (`bool`): show no rows in the card.
             collection (`str`, *optional*): title of a collection for the dataset and, where it was pushed, the model.
 
@@ -557,6 +569,7 @@ class BilevelSFTTrainer(BilevelStep):
             revision=revision,
             commit_message=commit_message,
             license=license,
+            language=language,
             sensitive=sensitive,
             retry_command=push_command(output_dir, repo_id, keep_ratio) if self.args.save_training_rows else None,
         )
@@ -570,6 +583,23 @@ class BilevelSFTTrainer(BilevelStep):
             )
         return commit
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer: before training starts, or at the first push; says what is missing if it cannot be."""
+        with explained(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in Trainer: the model or adapter, its processing class and its card.
+
+        Raises:
+            [`~trl_bilevel.hub.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
+        """
+        output_dir = self.args.output_dir
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(output_dir).name
+        with explained(repo_id, upload_command(output_dir, repo_id)):
+            return super().push_to_hub(*args, **kwargs)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -577,7 +607,7 @@ class BilevelSFTTrainer(BilevelStep):
         if not self.is_world_process_zero():
             return
         own_tags = [tags] if isinstance(tags, str) else tags or []
-        names = [dataset_name, self._curated_repo_id, self._run_facts["training"]["id"]]
+        names = [dataset_name, self._curated_repo_id, *source_ids(self._run_facts["training"])]
         datasets = [name for name in dict.fromkeys(names) if name and is_hub_id(name)]
         folder = Path(self.args.output_dir)
         build_model_card(

@@ -14,8 +14,10 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN
+from .run_records import source_ids, source_text
 
 
+CONFIGS = ("curated", "scores", "refined")
 FIGURE_PATH = "assets/weights.png"
 START_MARK = "<!-- trl-bilevel: start -->"
 END_MARK = "<!-- trl-bilevel: end -->"
@@ -34,6 +36,7 @@ def build_card(
     facts: dict[str, Any],
     repo_id: str,
     license: str | None,
+    language: list[str] | None,
     sensitive: bool,
     old_card: DatasetCard | None,
     folder: Path,
@@ -46,7 +49,8 @@ def build_card(
         num_kept (`int`): rows published.
         facts (`dict`): of the run, see [`~trl_bilevel.run_records.describe_run`].
         repo_id (`str`): of the dataset repository.
-        license (`str`, *optional*): of the dataset; that of the source if `None`.
+        license (`str`, *optional*): of the dataset.
+        language (`list[str]`, *optional*): of its rows, ISO 639 codes.
         sensitive (`bool`): show no rows.
         old_card (`huggingface_hub.DatasetCard`, *optional*): the one on the Hub.
         folder (`pathlib.Path`): where the figure goes.
@@ -57,12 +61,13 @@ def build_card(
     draw_weights(weights, kept, folder / FIGURE_PATH)
     training, validation = facts["training"], facts["validation"]
     metadata: dict[str, Any] = {
-        "license": license or training["license"],
-        "pretty_name": f"{repo_id.split('/')[-1]}",
+        "license": license,
+        "language": language,
+        "pretty_name": repo_id.split("/")[-1],
         "task_categories": ["text-generation"],
         "annotations_creators": ["machine-generated"],
         "size_categories": [size_category(num_kept)],
-        "source_datasets": [training["id"]] if training["id"] else ["original"],
+        "source_datasets": source_ids(training) or ["original"],
         "tags": ["trl", "bilevel-sft", "data-curation", *(["synthetic"] if refined.any() else [])],
         "configs": _configs(scored, bool(refined.any())),
     }
@@ -73,20 +78,19 @@ def build_card(
         "end_mark": END_MARK,
         "pretty_name": metadata["pretty_name"],
         "repo_id": repo_id,
-        "split": _configs(scored, False)[0]["data_files"][0]["split"],
+        "split": split_name(scored),
         "num_rows": len(scored),
         "num_kept": int(kept.sum()),
         "num_refined": int((refined & kept).sum()),
         "has_refined": bool(refined.any()),
         "num_validation": validation["num_rows"],
-        "source": f"`{training['id']}`" if training["id"] else "a dataset that is not on the Hub",
-        "validation": f"`{validation['id']}`" if validation["id"] else "not on the Hub",
-        "revision": training["revision"],
+        "source": source_text(training),
+        "validation": source_text(validation),
         "figure": FIGURE_PATH,
         "stricter": round(max(0.01, num_kept / len(scored) / 2), 2),
         "source_columns": [escape(name) for name in scored.column_names if name not in _CURATION_COLUMNS],
         "base_model": facts["base_model"],
-        "method": facts["options"]["selection_method"].upper(),
+        "method": facts["method"],
         "options": {name: value for name, value in facts["options"].items() if value is not None},
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
         "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
@@ -115,16 +119,20 @@ def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) ->
 
 
 def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
-    from .hub import split_name
-
+    split = split_name(scored)
     configs = []
-    for name in ("curated", "scores", *(["refined"] if has_refined else [])):
-        split = split_name(scored)
+    for name in CONFIGS if has_refined else CONFIGS[:-1]:
         config: dict[str, Any] = {"config_name": name}
         if name == "curated":
             config["default"] = True
         configs.append({**config, "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"}]})
     return configs
+
+
+def split_name(dataset: Dataset) -> str:
+    """The split that a dataset is of; `train` if it does not say, or of a part of one."""
+    name = str(dataset.split) if dataset.split else "train"
+    return name if name.isidentifier() else "train"
 
 
 def size_category(num_rows: int) -> str:
@@ -144,15 +152,27 @@ def size_category(num_rows: int) -> str:
 
 def _command(facts: dict[str, Any]) -> str:
     options = {name: value for name, value in facts["options"].items() if value is not None}
-    training, validation = facts["training"], facts["validation"]
     named = {
         "model_name_or_path": facts["base_model"] or "MODEL",
-        "dataset_name": training["id"] or "TRAINING_ROWS",
-        "validation_dataset_name": validation["id"] or "TRUSTED_ROWS",
+        **_dataset_options(facts["training"], "dataset", "dataset_train_split", "TRAINING_ROWS"),
+        **_dataset_options(facts["validation"], "validation_dataset", "validation_dataset_split", "TRUSTED_ROWS"),
         "output_dir": "out",
         **options,
     }
-    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in named.items())
+    return " \\\n".join(f"    --{name} {shlex.quote(str(value))}" for name, value in named.items())
+
+
+def _dataset_options(description: dict[str, Any], prefix: str, split_option: str, placeholder: str) -> dict[str, Any]:
+    """Options that load a described dataset again; a placeholder if it is not one repository's."""
+    if len(description["sources"]) != 1:
+        return {f"{prefix}_name": placeholder}
+    (source,) = description["sources"]
+    options = {f"{prefix}_name": source["id"]}
+    if source["config"] != "default":
+        options[f"{prefix}_config"] = source["config"]
+    if description["split"] not in (None, "train"):
+        options[split_option] = description["split"]
+    return options
 
 
 def escape(text: str, longest: int = _LONGEST_EXAMPLE) -> str:

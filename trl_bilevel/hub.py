@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .curation import SAMPLE_ID_COLUMN
-from .dataset_card import FIGURE_PATH, build_card
+from .dataset_card import CONFIGS, FIGURE_PATH, build_card, split_name
 from .refined_rows import RESPONSES_COLUMN
 
 
 logger = logging.getLogger(__name__)
 
-CONFIGS = ("curated", "scores", "refined")
 _SCORE_COLUMNS = (SAMPLE_ID_COLUMN, "weight", "rank", "scored", "response_source")
 _ROWS_PER_FILE = 500_000
 _ATTEMPTS = 4
@@ -38,7 +37,7 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class PublishError(RuntimeError):
-    """The Hub did not take a dataset. It is on disk still; the message says what to do."""
+    """The Hub did not take a dataset or a model. It is on disk still; the message says what to do."""
 
 
 def publish_curated_dataset(
@@ -51,8 +50,10 @@ def publish_curated_dataset(
     revision: str | None = None,
     commit_message: str | None = None,
     license: str | None = None,
+    language: str | list[str] | None = None,
     sensitive: bool = False,
     retry_command: str | None = None,
+    ask_license: Callable[[], str | None] | None = None,
 ) -> CommitInfo:
     """
     Publish a curated dataset with its scores, refined answers, and card, in one commit.
@@ -69,9 +70,11 @@ def publish_curated_dataset(
         token (`str`, *optional*): to write with; the one logged in with if `None`.
         revision (`str`, *optional*): branch, created if it does not exist; `main` if `None`.
         commit_message (`str`, *optional*): of the commit.
-        license (`str`, *optional*): of the dataset; that of the source, where it says, if `None`.
+        license (`str`, *optional*): of the dataset, as the Hub abbreviates it; that of the source if `None`.
+        language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes; that of the source if `None`.
         sensitive (`bool`): show no rows in the card.
         retry_command (`str`, *optional*): publishes later what is on disk; part of the error.
+        ask_license (`Callable`, *optional*): called if no license is known; without it that is a warning.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit, or the last one if nothing changed.
@@ -87,9 +90,8 @@ def publish_curated_dataset(
     except HFValidationError as error:
         raise ValueError(f"`repo_id={repo_id!r}` cannot be a repository's name: {error}") from error
     num_kept = len(scored) if keep_ratio is None else max(1, round(keep_ratio * len(scored)))
-    later = f" To publish it later: `{retry_command}`." if retry_command else ""
     api = HfApi(token=token)
-    with _explained(repo_id, later):
+    with explained(repo_id, retry_command):
         repo_id = _retried(
             lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         ).repo_id
@@ -98,9 +100,19 @@ def publish_curated_dataset(
         info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
         existing = {sibling.rfilename for sibling in info.siblings or []}
         old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
+        source = _describe_sources(api, facts["training"])
+        license = license or source["license"]
+        if license is None and (old_card is None or old_card.data.get("license") is None):
+            license = ask_license() if ask_license is not None else None
+            if not license:
+                logger.warning(
+                    f"{repo_id} is published without a license, so nobody else may use it. Pass `license=`, or write "
+                    "it into the card."
+                )
+        languages = [language] if isinstance(language, str) else language or source["language"]
         with tempfile.TemporaryDirectory() as folder:
             files = write_configs(scored, num_kept, Path(folder))
-            card = build_card(scored, num_kept, facts, repo_id, license, sensitive, old_card, Path(folder))
+            card = build_card(scored, num_kept, facts, repo_id, license, languages, sensitive, old_card, Path(folder))
             (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
             operations: list[Any] = [
                 CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
@@ -141,7 +153,7 @@ def add_to_collection(
         [`PublishError`]: if the Hub cannot be reached or refuses.
     """
     api = HfApi(token=token)
-    with _explained(f"The collection {title!r}", ""):
+    with explained(f"The collection {title!r}"):
         collection = _retried(
             lambda: api.create_collection(title, namespace=namespace, private=bool(private), exists_ok=True)
         )
@@ -183,12 +195,6 @@ def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
             table.shard(num_files, number, contiguous=True).to_parquet(folder / name)
             names.append(name)
     return names
-
-
-def split_name(dataset: Dataset) -> str:
-    """The split that a dataset is of; `train` if it does not say, or of a part of one."""
-    name = str(dataset.split) if dataset.split else "train"
-    return name if name.isidentifier() else "train"
 
 
 def load_curated_dataset(
@@ -237,6 +243,30 @@ def load_curated_dataset(
     return dataset
 
 
+def _describe_sources(api: HfApi, training: dict[str, Any]) -> dict[str, Any]:
+    """License, if all sources have the same, and languages, from the cards of the repositories rows come from."""
+    licenses, languages = set(), []
+    for source in training["sources"]:
+        try:
+            card = _read_card(api, source["id"], source["revision"])
+        except (RepositoryNotFoundError, RevisionNotFoundError):  # gone, or not this token's to see
+            card = None
+        found = card.data.to_dict() if card is not None else {}
+        licenses.add(_as_text(found.get("license")))
+        languages += _as_list(found.get("language"))
+    (shared,) = licenses if len(licenses) == 1 else {None}
+    return {"license": training["license"] or shared, "language": [*dict.fromkeys(languages)] or None}
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _as_text(value: Any) -> str | None:
+    values = _as_list(value)
+    return values[0] if len(values) == 1 else None
+
+
 def _read_card(api: HfApi, repo_id: str, revision: str) -> DatasetCard | None:
     try:
         path = _retried(lambda: api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
@@ -261,16 +291,33 @@ def _retried(call: Any) -> Any:
 
 
 @contextmanager
-def _explained(repo_id: str, later: str) -> Iterator[None]:
-    """Errors that name the cure; no token or address of the request is in them."""
+def explained(repo_id: str, retry_command: str | None = None) -> Iterator[None]:
+    """
+    Turns errors of the Hub's client into a [`PublishError`] that names the cure.
+
+    No token and no address of a request is in its message.
+
+    Args:
+        repo_id (`str`): what is published.
+        retry_command (`str`, *optional*): publishes later what is on disk.
+    """
+    later = f" To publish it later: `{retry_command}`." if retry_command else ""
     namespace = repo_id.split("/")[0] if "/" in repo_id else "your account"
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise PublishError(
-            f"{repo_id} was not published: offline mode is on. Unset `HF_HUB_OFFLINE`, and push again.{later}"
-        ) from error
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
+        # An upload's own error is the cause of the client's
+        reason = _reason(error.__cause__ or error if isinstance(error, RuntimeError) else error, namespace)
+        if reason is None:
+            raise
+        raise PublishError(f"{repo_id} was not published{reason}.{later}") from error
+
+
+def _reason(error: BaseException, namespace: str) -> str | None:
+    """What is wrong and what cures it, for what can go wrong between here and the Hub."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return ": offline mode is on. Unset `HF_HUB_OFFLINE`, and push again"
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reasons = {
             401: "the token is missing or not valid. Log in with `hf auth login`, or pass `token=`",
@@ -281,17 +328,10 @@ def _explained(repo_id: str, later: str) -> Iterator[None]:
             412: "the repository changed meanwhile. Push again",
             429: "the Hub has had too many requests. Push again in a while",
         }
-        if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)) and status == 404:
-            reason = reasons[404]
-        else:
-            reason = reasons.get(status, "the Hub has failed. Push again in a while")
-        raise PublishError(f"{repo_id} was not published ({status}): {reason}.{later}") from error
-    except (httpx2.TransportError, ConnectionError) as error:
-        raise PublishError(
-            f"{repo_id} was not published: the Hub cannot be reached ({error.__class__.__name__}). Push again.{later}"
-        ) from error
-    except OSError as error:
-        raise PublishError(
-            f"{repo_id} was not published: {os.strerror(error.errno) if error.errno else error}. Free some space "
-            f"under {tempfile.gettempdir()}, or set `TMPDIR`.{later}"
-        ) from error
+        return f" ({status}): {reasons.get(status, 'the Hub has failed. Push again in a while')}"
+    if isinstance(error, (httpx2.TransportError, ConnectionError)):
+        return f": the Hub cannot be reached ({error.__class__.__name__}). Push again"
+    if isinstance(error, OSError):
+        what = os.strerror(error.errno) if error.errno else error
+        return f": {what}. Free some space under {tempfile.gettempdir()}, or set `TMPDIR`"
+    return None

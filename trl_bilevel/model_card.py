@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
+from .run_records import source_text
+
 
 _RESULTS = {
     "eval_loss": "loss on the evaluation rows, nats per token",
@@ -60,9 +62,9 @@ def build_model_card(
             base_model=facts["base_model"],
             repo_id=repo_id,
             is_adapter=is_adapter,
-            training=_source(facts["training"]),
-            validation=_source(facts["validation"]),
-            method=facts["options"]["selection_method"].upper(),
+            training=f"{source_text(facts['training'])}: {facts['training']['num_rows']} rows",
+            validation=f"{source_text(facts['validation'])}: {facts['validation']['num_rows']} rows",
+            method=facts["method"],
             options=facts["options"],
             results=results,
             versions=", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
@@ -70,9 +72,3 @@ def build_model_card(
         )
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def _source(dataset: dict[str, Any]) -> str:
-    name = f"`{dataset['id']}`" if dataset["id"] else "not on the Hub"
-    revision = f", revision `{dataset['revision']}`" if dataset["revision"] else ""
-    return f"{name}{revision}: {dataset['num_rows']} rows"

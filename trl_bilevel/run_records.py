@@ -187,6 +187,21 @@ def push_command(run_dir: str | os.PathLike, repo_id: str, keep_ratio: float | N
     return shlex.join(words if keep_ratio is None else [*words, "--keep_ratio", str(keep_ratio)])
 
 
+def upload_command(output_dir: str | os.PathLike, repo_id: str) -> str:
+    """
+    The command that publishes a model on disk, without checkpoints and records, as Trainer would.
+
+    Example:
+
+    ```python
+    >>> upload_command("out", "me/adapter")
+    "hf upload me/adapter out . --exclude '_*' --exclude 'checkpoint-*'"
+
+    ```
+    """
+    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", "--exclude", "_*", "--exclude", "checkpoint-*"])
+
+
 def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
     """What [`describe_run`] said of a run on disk."""
     return json.loads((_find_scores(run_dir) / FACTS_FILE_NAME).read_text())
@@ -209,7 +224,9 @@ def _find_scores(run_dir: str | os.PathLike) -> Path:
     )
 
 
-def describe_run(args: Any, model_name: str | None, training: Dataset, validation: Dataset) -> dict[str, Any]:
+def describe_run(
+    args: Any, model_name: str | None, training: Dataset, validation: Dataset, has_value_function: bool
+) -> dict[str, Any]:
     """
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
 
@@ -218,8 +235,10 @@ def describe_run(args: Any, model_name: str | None, training: Dataset, validatio
         model_name (`str`, *optional*): what the model was loaded from. A folder of this machine is left out.
         training (`datasets.Dataset`): rows as the user passed them.
         validation (`datasets.Dataset`): trusted rows, likewise.
+        has_value_function (`bool`): whether the weights follow excess losses.
     """
     return {
+        "method": args.selection_method.upper() + (" with a value function" if has_value_function else ""),
         "base_model": model_name if model_name and is_hub_id(model_name) else None,
         "options": {
             name: getattr(args, name)
@@ -238,14 +257,53 @@ def is_hub_id(name: str) -> bool:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """Where a dataset comes from, if that is the Hub, and how many rows it has."""
+    """Which of the Hub's repositories a dataset comes from, at which revisions, and how many rows it has."""
     paths = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
-    source = next((match for path in paths if (match := _CACHE_PATH.fullmatch(path))), None)
+    matches = [match for path in paths if (match := _CACHE_PATH.fullmatch(path))]
+    sources = [
+        {
+            "id": "/".join(filter(None, (match["namespace"], match["name"]))),
+            "revision": match["revision"],
+            "config": match["config"],
+        }
+        for match in matches
+    ]
     return {
-        "id": "/".join(filter(None, (source["namespace"], source["name"]))) if source else None,
-        "revision": source["revision"] if source else None,
-        "config": source["config"] if source else None,
+        "sources": [source for number, source in enumerate(sources) if source not in sources[:number]],
         "split": str(dataset.split) if dataset.split else None,
         "license": dataset.info.license or None,
         "num_rows": len(dataset),
     }
+
+
+def source_ids(description: dict[str, Any]) -> list[str]:
+    """
+    Repositories that a described dataset comes from.
+
+    Example:
+
+    ```python
+    >>> source_ids({"sources": [{"id": "me/a", "revision": "1"}, {"id": "me/a", "revision": "2"}]})
+    ['me/a']
+
+    ```
+    """
+    return [*dict.fromkeys(source["id"] for source in description["sources"])]
+
+
+def source_text(description: dict[str, Any]) -> str:
+    """
+    The same as a sentence's part, in Markdown.
+
+    Example:
+
+    ```python
+    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}, {"id": "me/b", "revision": "a0"}]})
+    '`me/a` (revision `3f`), `me/b` (revision `a0`)'
+    >>> source_text({"sources": []})
+    'not on the Hub'
+
+    ```
+    """
+    names = [f"`{source['id']}` (revision `{source['revision']}`)" for source in description["sources"]]
+    return ", ".join(names) or "not on the Hub"

@@ -6,6 +6,7 @@ trl-bilevel push Qwen3-0.6B-BilevelSFT me/mixture-curated --keep_ratio 0.7
 ```
 """
 
+import sys
 from dataclasses import dataclass, field
 
 from trl import TrlParser
@@ -23,7 +24,8 @@ class PushArguments:
         private (`bool`, *optional*): whether a new repository is private.
         revision (`str`, *optional*): branch to push to.
         commit_message (`str`, *optional*): of the commit.
-        license (`str`, *optional*): of the dataset, where its source does not say.
+        license (`str`, *optional*): of the dataset, where its source does not say; asked for in a terminal.
+        language (`str`, *optional*): of the rows, an ISO 639 code; that of the source by default.
         sensitive (`bool`): show no rows in the card.
     """
 
@@ -34,6 +36,7 @@ class PushArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     license: str | None = field(default=None, metadata={"help": "License, where the source does not say."})
+    language: str | None = field(default=None, metadata={"help": "Language of the rows, an ISO 639 code."})
     sensitive: bool = field(default=False, metadata={"help": "Show no rows in the card."})
 
     def __post_init__(self) -> None:
@@ -55,10 +58,18 @@ def main(args: PushArguments) -> None:
         revision=args.revision,
         commit_message=args.commit_message,
         license=args.license,
+        language=args.language,
         sensitive=args.sensitive,
         retry_command=push_command(args.run_dir, args.repo_id, args.keep_ratio),
+        ask_license=_ask_license if sys.stdin.isatty() else None,
     )
     print(f"🤗 Curated dataset pushed to the Hub as {args.repo_id}, commit {commit.oid[:8]}.")
+
+
+def _ask_license() -> str | None:
+    from rich.prompt import Prompt
+
+    return Prompt.ask("License of the dataset, for instance `cc-by-4.0` (empty for none)", default="") or None
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

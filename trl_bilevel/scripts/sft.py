@@ -113,23 +113,31 @@ def main(
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
-    # Before the curated dataset is in the same folder: the Hub's client takes no data files in a model repository
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
-    if trainer.is_world_process_zero():
-        curated = trainer.curate(script_args.keep_ratio)
-        path = Path(training_args.output_dir) / "curated" / "train.parquet"
-        curated.to_parquet(path)
-        trainer.accelerator.print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
-        selector_path = trainer.data_selector.save_pretrained(training_args.output_dir)
-        trainer.accelerator.print(f"⚖️ Weights for other runs saved to {selector_path}.")
-        if training_args.source_column is not None:
-            for source, weight in trainer.source_weights().items():
-                trainer.accelerator.print(f"   {weight:8.4f}  {source}")
+    try:
+        # Before the curated dataset is in the same folder, all of which is pushed
+        trainer.save_model(training_args.output_dir)
+        trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
+    finally:  # whether the Hub takes the model or not
+        _save_curated(trainer, script_args.keep_ratio)
     trainer.end()
+
+
+def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
+    """The curated dataset and the weights, into the output folder."""
+    if not trainer.is_world_process_zero():
+        return
+    curated = trainer.curate(keep_ratio)
+    path = Path(trainer.args.output_dir) / "curated" / "train.parquet"
+    curated.to_parquet(path)
+    trainer.accelerator.print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
+    selector_path = trainer.data_selector.save_pretrained(trainer.args.output_dir)
+    trainer.accelerator.print(f"⚖️ Weights for other runs saved to {selector_path}.")
+    if trainer.args.source_column is not None:
+        for source, weight in trainer.source_weights().items():
+            trainer.accelerator.print(f"   {weight:8.4f}  {source}")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
