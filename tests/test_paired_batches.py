@@ -7,6 +7,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from trl_bilevel.paired_batches import (
+    NUM_TOKENS,
     REFINED_SPANS,
     ROW_OF_SEQUENCE,
     SAMPLE_INDEX_COLUMN,
@@ -102,7 +103,7 @@ def test_batch_keeps_the_identity_and_order_of_rows():
     rows = PairedDataset(training, validation).__getitems__([PairedIndex(2, (1,)), PairedIndex(0, (0, 1))])
     batch = PairedCollator(lambda rows: {"labels": [row["labels"] for row in rows]})(rows)
     assert batch == {"labels": [[3], [1], [8], [7], [8]], SAMPLE_INDICES: [12, 10], REFERENCE_NLL: [],
-                     ROW_OF_SEQUENCE: [0, 1], REFINED_SPANS: [None, None]}  # fmt: skip
+                     ROW_OF_SEQUENCE: [0, 1], REFINED_SPANS: [None, None], NUM_TOKENS: [0] * 5}  # fmt: skip
 
 
 def test_collator_that_merges_rows_is_refused():

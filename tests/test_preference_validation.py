@@ -149,8 +149,8 @@ def test_a_pair_with_an_infinite_loss_leaves_as_a_whole(make_trainer, build_mode
     )  # fmt: skip
     forward, batches = trainer._forward, []
 
-    def broken_forward(model, inputs):
-        outputs, losses = forward(model, inputs)
+    def broken_forward(model, inputs, layout):
+        outputs, losses = forward(model, inputs, layout)
         batches.append(len(losses.nll))
         if len(batches) == 1:
             losses = losses._replace(nll=losses.nll.clone().index_fill(0, torch.tensor([5]), math.nan))

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import DataSelector
+from trl_bilevel.batch_layout import PaddedLayout
 from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, optimizer_maker
 
 
@@ -70,12 +71,12 @@ def test_selector_follows_the_excess_loss(make_lora_trainer, monkeypatch):
             order = {int(index): row for row, index in enumerate(trainer.train_dataset["bilevel_sample_index"])}
             batch = collator([trainer.train_dataset[order[int(row)]] for row in rows])
             with torch.no_grad():
-                own = trainer._forward(trainer.model, batch)[1].mean
+                own = trainer._forward(trainer.model, batch, PaddedLayout())[1].mean
                 kept = _adapter(trainer.model)
                 for name, value in trainer.model.named_parameters():
                     if value.requires_grad:
                         value.copy_(before_second_step[name])
-                others = trainer._forward(trainer.model, batch)[1].mean
+                others = trainer._forward(trainer.model, batch, PaddedLayout())[1].mean
                 for name, value in trainer.model.named_parameters():
                     if value.requires_grad:
                         value.copy_(kept[name])
@@ -220,8 +221,8 @@ def test_row_without_a_finite_loss_is_left_out(make_lora_trainer, monkeypatch):
     trainer = make_lora_trainer(max_steps=3)
     forward, calls = trainer._forward, []
 
-    def broken_forward(model, inputs):
-        outputs, losses = forward(model, inputs)
+    def broken_forward(model, inputs, layout):
+        outputs, losses = forward(model, inputs, layout)
         calls.append(len(losses.nll))
         if len(calls) == 2:  # the value function's first
             losses = losses._replace(nll=losses.nll * torch.tensor([1.0, torch.nan, 1.0, 1.0]))

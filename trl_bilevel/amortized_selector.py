@@ -16,6 +16,8 @@ from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .batch_layout import BatchLayout
+
 
 AMORTIZED_SELECTOR_FILE_NAME = "amortized_selector.safetensors"
 _HIDDEN_UNITS = 128
@@ -35,13 +37,14 @@ def captured_hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def pool_completions(hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def pool_completions(hidden_states: torch.Tensor, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     """
     Mean hidden state over each row's completion tokens.
 
     Args:
-        hidden_states (`torch.Tensor`): shape (B, L, H).
-        labels (`torch.Tensor`): shape (B, L), -100 where ignored.
+        hidden_states (`torch.Tensor`): shape (B, L, H), or (1, tokens, H) of a padding-free batch.
+        labels (`torch.Tensor`): shape (B, L) or (1, tokens), -100 where ignored.
+        layout ([`~trl_bilevel.batch_layout.BatchLayout`]): where the rows are in them.
 
     Returns:
         `torch.Tensor`: fp32, shape (B, H).
@@ -50,13 +53,13 @@ def pool_completions(hidden_states: torch.Tensor, labels: torch.Tensor) -> torch
 
     ```python
     >>> import torch
-    >>> pool_completions(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[-100, 7, 8]]))
+    >>> from trl_bilevel.batch_layout import PaddedLayout
+    >>> pool_completions(torch.tensor([[[9.0], [1.0], [3.0]]]), torch.tensor([[-100, 7, 8]]), PaddedLayout())
     tensor([[2.]])
 
     ```
     """
-    mask = labels.ne(-100).to(hidden_states.device)[..., None]  # (B, L, 1)
-    return (hidden_states.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return layout.pool(hidden_states, labels.ne(-100).to(hidden_states.device))
 
 
 class _Head(torch.nn.Module):

@@ -336,10 +336,17 @@ def _check_sft_options(args: BilevelSFTConfig) -> None:
             f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported: it needs the full logits, "
             "which are never built. Set it to 0."
         )
-    if args.packing or args.padding_free:
+    if args.packing and args.packing_strategy != "bfd":
         raise ValueError(
-            f"`packing={args.packing}` and `padding_free={args.padding_free}`: rows that share a sequence cannot be "
-            "weighted one by one yet. Set both to False."
+            f"`packing_strategy={args.packing_strategy!r}` is not supported: it cuts rows into pieces, and a row has "
+            "one weight. Use 'bfd'."
+        )
+    if args.packing and args.max_length is None:
+        raise ValueError("`packing=True` needs `max_length`, the tokens of a packed sequence.")
+    if args.packing and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` has no effect with `packing=True`: packed sequences are "
+            "about as long as each other. Use 'random' or 'sequential'."
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .amortized_selector import AmortizedSelector
+from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
 from .curation import curate_dataset
@@ -34,6 +35,7 @@ from .dataset_checks import (
 )
 from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
+from .packing import PackedRows, pack_rows
 from .paired_batches import (
     OPTIMIZER_STEP,
     SAMPLE_INDEX_COLUMN,
@@ -194,14 +196,8 @@ class BilevelSFTTrainer(BilevelStep):
             self._sample_ids, read_sample_indices(self.train_dataset), row_hashes, self._sources
         )
 
-        self.validation_batch_size = args.per_device_validation_batch_size or args.per_device_train_batch_size
-        batches_per_step = args.gradient_accumulation_steps * args.world_size
-        check_batch_sizes(
-            num_training=len(self.train_dataset),
-            num_validation=len(self.validation_dataset),
-            training_batch=args.per_device_train_batch_size * batches_per_step,
-            validation_batch=self.validation_batch_size * batches_per_step,
-        )
+        self._pack()
+        self._set_validation_batch_size()
         has_value_function = self._resolve_value_function()
         # A given selector's logits mean something in its own activation only
         default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
@@ -251,6 +247,40 @@ class BilevelSFTTrainer(BilevelStep):
         # that accelerate fetches ahead
         num_ahead = 1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or _PREFETCH_FACTOR)
         self._refresh_delay = math.ceil(num_ahead / args.gradient_accumulation_steps)
+
+    def _pack(self) -> None:
+        """Packed sequences of rows, by the rows' numbers; `None` for rows that have a sequence each."""
+        args = self.args
+        self.packed_training: PackedRows | None = None
+        self.packed_validation: PackedRows | None = None
+        if not args.packing:
+            return
+        assert args.max_length is not None
+        self.packed_training = pack_rows(self.train_dataset, args.max_length, "train")
+        if args.shuffle_dataset:  # as TRL does, once more after packing
+            self.packed_training = self.packed_training.shuffled(args.seed)
+        if args.validation_loss_type == "nll":  # a pair's two completions stay next to each other
+            self.packed_validation = pack_rows(self.validation_dataset, args.max_length, "validation")
+
+    def _set_validation_batch_size(self) -> None:
+        args = self.args
+        batches_per_step = args.gradient_accumulation_steps * args.world_size
+        training = self.train_dataset if self.packed_training is None else self.packed_training
+        validation = self.validation_dataset if self.packed_validation is None else self.packed_validation
+        batch_size = args.per_device_validation_batch_size
+        if batch_size is None:
+            batch_size = args.per_device_train_batch_size
+            if self.packed_validation is not None:
+                # A small dataset packs into few sequences
+                batch_size = max(1, min(batch_size, len(validation) // batches_per_step))
+        self.validation_batch_size = batch_size
+        check_batch_sizes(
+            num_training=len(training),
+            num_validation=len(validation),
+            training_batch=args.per_device_train_batch_size * batches_per_step,
+            validation_batch=batch_size * batches_per_step,
+            are_packed=self.packed_training is not None,
+        )
 
     def _refuse_unsupported_setup(self) -> None:
         if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -367,8 +397,8 @@ class BilevelSFTTrainer(BilevelStep):
         with ready_to_generate(self.model):
             return model_log_probs(
                 examples,
-                self.data_collator,
-                lambda batch: self._forward(self.model, self._prepare_inputs(batch))[0],
+                padded(self.data_collator),
+                lambda batch: self._forward(self.model, self._prepare_inputs(batch), PaddedLayout())[0],
                 batch_size=self.args.per_device_train_batch_size + self.validation_batch_size,
             )
 
@@ -405,14 +435,16 @@ class BilevelSFTTrainer(BilevelStep):
         with reference, self.accelerator.autocast():  # the model itself is not prepared yet
             self.validation_dataset = add_reference_likelihoods(
                 self.validation_dataset,
-                self.data_collator,
-                lambda batch: self._forward(self.model, self._prepare_inputs(batch))[1],
+                padded(self.data_collator),
+                lambda batch: self._forward(self.model, self._prepare_inputs(batch), PaddedLayout())[1],
                 batch_size=self.validation_batch_size,
             )
         self.model.train(was_training)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         processing_class, config, packing, formatting_func, dataset_name = args
+        if SAMPLE_INDEX_COLUMN in dataset.column_names:
+            packing = False  # training rows are packed by number, see `_pack`
         if formatting_func is not None:
             # The user's function may format every column it is given
             user_func = formatting_func
@@ -439,10 +471,10 @@ class BilevelSFTTrainer(BilevelStep):
             self_refining = SelfRefiningCollator(self.data_collator)
             self_refining.store = self.response_store
         collator = self.data_collator
-        self.data_collator = PairedCollator(collator, self_refining, self._refresh_delay)
+        self.data_collator = PairedCollator(collator, self_refining, self._refresh_delay, self.padding_free)
         try:
             return self._get_dataloader(
-                dataset=PairedDataset(training, validation),
+                dataset=PairedDataset(training, validation, self.packed_training, self.packed_validation),
                 description="Training",
                 batch_size=self._train_batch_size,
                 sampler_fn=self._get_paired_sampler,
@@ -452,14 +484,14 @@ class BilevelSFTTrainer(BilevelStep):
             self.data_collator = collator
 
     def _get_paired_sampler(self, dataset: PairedDataset) -> Sampler:
-        sampler = self._get_train_sampler(self.train_dataset)
+        sampler = self._get_train_sampler(self.packed_training or self.train_dataset)
         if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
             # What accelerate makes of a bare RandomSampler, so that rows come in the order of SFTTrainer
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         dataset.sampler = PairedSampler(
             sampler,
-            ValidationStream(len(dataset.validation), seed),
+            ValidationStream(dataset.num_validation, seed),
             training_batch_size=self.args.per_device_train_batch_size,
             validation_batch_size=self.validation_batch_size,
             batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from trl import SFTTrainer
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
+from .batch_layout import BatchLayout, PaddedLayout, PaddingFreeLayout, RowOutputs
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .losses import (
@@ -20,7 +21,8 @@ from .losses import (
     row_losses,
     validation_weight_at,
 )
-from .paired_batches import REFINED_SPANS, ROW_OF_SEQUENCE, SAMPLE_INDICES
+from .packing import PackedRows
+from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_LENGTHS, ROW_OF_SEQUENCE, SAMPLE_INDICES
 from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
@@ -51,13 +53,15 @@ class BilevelStep(SFTTrainer):
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
     response_store: ResponseStore
+    packed_training: PackedRows | None
     _rows_to_refine: np.ndarray
     _refresh_delay: int
     _training_metrics: TrainingMetrics
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # training rows of the current optimizer step
+        self._step_row_counts: list[int] = []  # training rows of the current optimizer step, of each process
+        self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # which they are
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
         self._step_value_means: list[torch.Tensor] = []  # the same under the value function
         self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
@@ -137,14 +141,18 @@ class BilevelStep(SFTTrainer):
 
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
         indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
+        self._step_row_counts = self._count_rows(sum(map(len, indices)))
         self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
         self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
+            lengths = batch.pop(ROW_LENGTHS, None)
             batch[STEP_ROWS] = StepRows(
                 len(sample_indices),
                 torch.tensor(batch.pop(ROW_OF_SEQUENCE)),
                 batch.pop(REFINED_SPANS),
+                torch.tensor(batch.pop(NUM_TOKENS)),
+                PaddedLayout() if lengths is None else PaddingFreeLayout(torch.tensor(lengths), self.args.device),
                 torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
             )
 
@@ -155,7 +163,7 @@ class BilevelStep(SFTTrainer):
         own_weights = self._own_rows(step_weights).split([batch[STEP_ROWS].num_training for batch in batches])
         for batch, weights, batch_coefficients in zip(batches, own_weights, coefficients, strict=True):
             batch[STEP_ROWS].num_filtered = int((weights < threshold).sum())
-            batch[STEP_ROWS].coefficients = batch_coefficients
+            batch[STEP_ROWS].coefficients = batch_coefficients.to(self.args.device, non_blocking=True)
 
     def _weigh_value_function_rows(self, batches: list[dict[str, Any]]) -> None:
         """The same for the value function: training rows only, in its own weights, none filtered."""
@@ -166,25 +174,24 @@ class BilevelStep(SFTTrainer):
         for batch, batch_coefficients in zip(batches, coefficients, strict=True):
             rows: StepRows = batch[STEP_ROWS]
             # theta-hat stands for the training rows as they were given
-            is_original = ~rows.is_refined.to(batch_coefficients.device)  # (S,)
-            rows.value_coefficients = batch_coefficients[: rows.num_sequences] * is_original
+            value_coefficients = batch_coefficients[: rows.num_sequences] * ~rows.is_refined  # (S,)
+            rows.value_coefficients = value_coefficients.to(self.args.device, non_blocking=True)
 
     def _row_coefficients(
         self, batches: list[dict[str, Any]], step_weights: torch.Tensor, threshold: float, validation_weight: float
     ) -> list[torch.Tensor]:
         return row_coefficients_of_step(
             [batch[STEP_ROWS] for batch in batches],
-            [batch["labels"].to(self.args.device) for batch in batches],
             self._own_rows(step_weights),
             threshold,
             validation_weight,
             self.args.loss_normalization,
-            reduce=self.accelerator.reduce if self.args.average_tokens_across_devices else None,
+            reduce=self._sum_over_processes if self.args.average_tokens_across_devices else None,
         )
 
     def _own_rows(self, step_values: torch.Tensor) -> torch.Tensor:
         """This process' part of values of all processes' rows."""
-        return step_values.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        return step_values.split(self._step_row_counts)[self.accelerator.process_index]
 
     def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
         return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
@@ -192,10 +199,10 @@ class BilevelStep(SFTTrainer):
     @torch.no_grad()
     def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
         self.model.train()
+        rows: StepRows = batch[STEP_ROWS]
         inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
         with self.compute_loss_context_manager():
-            _, losses = self._forward(self.model_wrapped, inputs)
-        rows: StepRows = batch[STEP_ROWS]
+            _, losses = self._forward(self.model_wrapped, inputs, rows.layout)
         return rows.row_means(losses.mean[: rows.num_sequences].float().cpu())
 
     def compute_loss(
@@ -212,27 +219,27 @@ class BilevelStep(SFTTrainer):
         rows: StepRows = inputs.pop(STEP_ROWS)
 
         if self.amortized_selector is None:
-            outputs, losses = self._forward(model, inputs)
+            outputs, losses = self._forward(model, inputs, rows.layout)
         else:
             with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
-                outputs, losses = self._forward(model, inputs)
-            pooled = pool_completions(hidden_states.pop(), inputs["labels"])  # (R, H)
+                outputs, losses = self._forward(model, inputs, rows.layout)
+            pooled = pool_completions(hidden_states.pop(), inputs["labels"], rows.layout)  # (R, H)
             self._step_pooled.append(rows.row_means(pooled[: rows.num_sequences].cpu()))
         # The one transfer from the device: it serves the check below and the selector's level
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = S + V or S + 2P
         self._step_row_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
         if rows.coefficients is None:
             weights = self._closed_form_weights(self._step_row_means[-1])
-            self._weigh_rows([{"labels": inputs["labels"], STEP_ROWS: rows}], weights)
+            self._weigh_rows([{STEP_ROWS: rows}], weights)
         finite = rows.with_whole_pairs(nll.isfinite())
         num_nonfinite = int((~finite).sum())
         if self._any_process(num_nonfinite > 0):
             # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
             # All processes take part in the second forward pass, also one that has nothing left to learn from.
             staying = finite if finite.any() else ~finite
-            inputs = {name: value[staying.to(value.device)] for name, value in inputs.items()}
-            outputs, losses = self._forward(model, inputs)
-            rows = rows.only(staying)
+            inputs, layout = rows.layout.select(inputs, staying)
+            outputs, losses = self._forward(model, inputs, layout)
+            rows = rows.only(staying, layout)
         preferences, ratios = None, None
         if not finite.any():
             loss = self._zero_loss()
@@ -294,22 +301,22 @@ class BilevelStep(SFTTrainer):
         rows: StepRows = inputs[STEP_ROWS]
         assert rows.value_coefficients is not None
         model = self.accelerator.unwrap_model(self.model)
-        training = self._prepare_inputs(
-            {name: value[: rows.num_sequences] for name, value in inputs.items() if name != STEP_ROWS}
-        )
+        batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != STEP_ROWS})
+        is_training = torch.arange(len(rows.num_tokens)) < rows.num_sequences  # (R,)
+        training, layout = rows.layout.select(batch, is_training)
         coefficients = rows.value_coefficients  # (S,)
         with value_function.active():
             with self.compute_loss_context_manager():
-                _, losses = self._forward(model, training)
-            self._step_value_means.append(rows.row_means(losses.mean.detach().float().cpu()))
-            finite = losses.nll.detach().isfinite()
-            if not finite.all():
-                # Without the broken rows, as in `compute_loss`
-                training = {name: value[finite] for name, value in training.items()}
-                coefficients = coefficients[finite]
-                if finite.any():
-                    with self.compute_loss_context_manager():
-                        _, losses = self._forward(model, training)
+                _, losses = self._forward(model, training, layout)
+            # As in `compute_loss`: one transfer, and without the broken rows
+            nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (S,) each
+            self._step_value_means.append(rows.row_means(nll / num_tokens))
+            finite = nll.isfinite()
+            if not finite.all() and finite.any():
+                training, layout = layout.select(training, finite)
+                coefficients = coefficients[finite.to(coefficients.device)]
+                with self.compute_loss_context_manager():
+                    _, losses = self._forward(model, training, layout)
             if finite.any():
                 (coefficients * losses.nll).sum().backward()
         if self.accelerator.sync_gradients:
@@ -328,11 +335,11 @@ class BilevelStep(SFTTrainer):
         if self.amortized_selector is not None:
             self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means, losses)
 
-    def _forward(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[Any, RowLosses]:
-        if self.aux_loss_enabled:
-            outputs = model(**inputs, use_cache=False, output_router_logits=True, fused_lm_head=True)
-        else:
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    def _forward(
+        self, model: torch.nn.Module, inputs: dict[str, Any], layout: BatchLayout
+    ) -> tuple[RowOutputs, RowLosses]:
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = layout.unpack(model(**inputs, **options, use_cache=False, fused_lm_head=True))
         return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
     def _zero_loss(self) -> torch.Tensor:
@@ -346,11 +353,25 @@ class BilevelStep(SFTTrainer):
             return inputs["attention_mask"].sum()
         return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
 
+    def _count_rows(self, num_own: int) -> list[int]:
+        """Training rows of the optimizer step of each process: packed sequences hold different numbers of rows."""
+        num_processes = self.accelerator.num_processes
+        if num_processes == 1 or self.packed_training is None:
+            return [num_own] * num_processes
+        return self.accelerator.gather(torch.tensor([num_own], device=self.accelerator.device)).tolist()
+
     def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes' rows, in the same order on each, on the CPU."""
+        """Values of all processes' training rows of the step, in the same order on each, on the CPU."""
         if self.accelerator.num_processes == 1:
             return values
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+        most = max(self._step_row_counts)
+        padded = values.new_zeros((most, *values.shape[1:]))
+        padded[: len(values)] = values
+        parts = self.accelerator.gather(padded.to(self.accelerator.device)).cpu().split(most)
+        return torch.cat([part[:count] for part, count in zip(parts, self._step_row_counts, strict=True)])
+
+    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device)).cpu()
 
     def _reduce_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         # The coefficients divide by the tokens of all processes, or of this one
@@ -359,5 +380,7 @@ class BilevelStep(SFTTrainer):
 
     def _any_process(self, condition: bool | torch.Tensor) -> bool:
         """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""
-        flag = torch.as_tensor(condition, dtype=torch.int64).reshape(1)
-        return bool(self._gather_rows(flag).any())
+        if self.accelerator.num_processes == 1:
+            return bool(condition)
+        flag = torch.as_tensor(condition, dtype=torch.int64, device=self.accelerator.device).reshape(1)
+        return bool(self.accelerator.gather(flag).any())

@@ -98,28 +98,33 @@ def check_prepared_rows(name: str, num_rows: int, num_prepared: int, max_length:
         )
 
 
-def check_batch_sizes(num_training: int, num_validation: int, training_batch: int, validation_batch: int) -> None:
+def check_batch_sizes(
+    num_training: int, num_validation: int, training_batch: int, validation_batch: int, are_packed: bool = False
+) -> None:
     """
     Check that both datasets fill one optimizer step.
 
     Args:
-        num_training (`int`): training rows.
-        num_validation (`int`): validation rows.
+        num_training (`int`): training rows, or packed sequences of them.
+        num_validation (`int`): validation rows, likewise.
         training_batch (`int`): training rows per optimizer step, over accumulation steps and processes.
         validation_batch (`int`): validation rows per optimizer step.
+        are_packed (`bool`): whether it is sequences that are counted. Validation sequences may then come twice in a
+            step: a small dataset fits in one.
 
     Raises:
         `ValueError`: if a dataset has fewer rows than its batch.
     """
-    for name, num_rows, batch, option in (
+    unit = "packed sequences" if are_packed else "rows"
+    for name, number, batch, option in (
         ("train_dataset", num_training, training_batch, "per_device_train_batch_size"),
         ("validation_dataset", num_validation, validation_batch, "per_device_validation_batch_size"),
     ):
-        if num_rows < batch:
+        if number < batch and not (are_packed and name == "validation_dataset"):
             raise ValueError(
-                f"`{name}` has {num_rows} rows to train on, fewer than one batch of {batch} (per device, times "
+                f"`{name}` has {number} {unit} to train on, fewer than one batch of {batch} (per device, times "
                 f"accumulation steps, times processes). Lower `{option}` or "
-                "`gradient_accumulation_steps`, or add rows."
+                f"`gradient_accumulation_steps`, or add rows{' or lower `max_length`' if are_packed else ''}."
             )
 
 

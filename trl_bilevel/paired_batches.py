@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+from .packing import PackedRows
 from .preference_pairs import REFERENCE_NLL, is_paired, split_pair
 from .self_refining_collator import SelfRefiningCollator
 
@@ -27,6 +28,10 @@ ROW_OF_SEQUENCE = "row_of_sequence"
 """Batch key: list of int, the training row that each training sequence answers; a refined row has several."""
 REFINED_SPANS = "refined_spans"
 """Batch key: list of [`RefinedSpan`], of each training sequence; `None` for original answers."""
+NUM_TOKENS = "num_completion_tokens"
+"""Batch key: list of int, the tokens of each sequence that have a prediction and are not ignored."""
+ROW_LENGTHS = "row_lengths"
+"""Batch key: list of int, tokens of each sequence where all of them follow one another in one (padding-free)."""
 OPTIMIZER_STEP = "optimizer_step"
 """Key of a training row on its way to the collator: the step that trains on it, from 0."""
 
@@ -53,7 +58,7 @@ def read_sample_indices(training: Dataset) -> np.ndarray:
 
 
 class PairedIndex(NamedTuple):
-    """A training row and the validation rows that travel with it."""
+    """A training row and the validation rows that travel with it; with packing, packed sequences of rows."""
 
     training: int
     validation: tuple[int, ...]
@@ -173,13 +178,23 @@ class PairedDataset(TorchDataset):
         training (`datasets.Dataset`): prepared training rows with `SAMPLE_INDEX_COLUMN`.
         validation (`datasets.Dataset`): prepared validation rows, without that column; or preference pairs as
             [`~trl_bilevel.preference_pairs.prepare_pairs`] makes them, each of which becomes two rows.
+        packed_training ([`~trl_bilevel.packing.PackedRows`], *optional*): what an index of training rows stands for.
+        packed_validation ([`~trl_bilevel.packing.PackedRows`], *optional*): the same for validation rows.
     """
 
-    def __init__(self, training: Dataset, validation: Dataset):
+    def __init__(
+        self,
+        training: Dataset,
+        validation: Dataset,
+        packed_training: PackedRows | None = None,
+        packed_validation: PackedRows | None = None,
+    ):
         # Read here, once: a transform of the user's may return rows without this column
         self.sample_indices = read_sample_indices(training)
         self.training = training
         self.validation = validation
+        self.packed_training = packed_training
+        self.packed_validation = packed_validation
         self.sampler: PairedSampler | None = None
         self._has_pairs = is_paired(validation)
 
@@ -189,23 +204,36 @@ class PairedDataset(TorchDataset):
             self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.training)
+        return len(self.training if self.packed_training is None else self.packed_training)
+
+    @property
+    def num_validation(self) -> int:
+        """Validation rows, or packed sequences of them."""
+        return len(self.validation if self.packed_validation is None else self.packed_validation)
 
     def __getitem__(self, index: PairedIndex) -> list[dict[str, Any]]:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[PairedIndex]) -> list[dict[str, Any]]:
         """The rows of a batch, training rows first; PyTorch's fetcher calls this once per batch."""
-        training_indices = [index.training for index in indices]
+        training = [(row, index.step) for index in indices for row in _unpacked(index.training, self.packed_training)]
         training_rows = [
-            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[index.training]), OPTIMIZER_STEP: index.step}
-            for index, row in zip(indices, self.training.__getitems__(training_indices), strict=True)
+            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[number]), OPTIMIZER_STEP: step}
+            for (number, step), row in zip(
+                training, self.training.__getitems__([number for number, _ in training]), strict=True
+            )
         ]
-        validation_indices = [row for index in indices for row in index.validation]
+        validation_indices = [
+            row for index in indices for item in index.validation for row in _unpacked(item, self.packed_validation)
+        ]
         validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
         if self._has_pairs:
             validation_rows = [row for pair in validation_rows for row in split_pair(pair)]
         return training_rows + validation_rows
+
+
+def _unpacked(item: int, packed: PackedRows | None) -> list[int]:
+    return [item] if packed is None else packed.rows_of(item)
 
 
 class PairedCollator:
@@ -214,10 +242,12 @@ class PairedCollator:
     the reference's log-likelihoods of preference pairs. Refined responses take the place of the training rows.
 
     Args:
-        collator (`Callable`): collator for the rows themselves. It must keep their number and order.
+        collator (`Callable`): collator for the rows themselves. It must keep their order, and their number unless it
+            is padding-free.
         self_refining (`SelfRefiningCollator`, *optional*): knows the refined responses.
         refresh_delay (`int`): optimizer steps that a refresh takes to reach the batches: they are collated ahead. With
             it, what a step trains on depends on the step alone, and a resumed run sees the same.
+        padding_free (`bool`): whether the collator is TRL's and puts all rows into one sequence.
     """
 
     def __init__(
@@ -225,8 +255,10 @@ class PairedCollator:
         collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
         self_refining: SelfRefiningCollator | None = None,
         refresh_delay: int = 0,
+        padding_free: bool = False,
     ):
         self.collator = collator
+        self.padding_free = padding_free
         self.self_refining = self_refining
         self.refresh_delay = refresh_delay
 
@@ -247,18 +279,27 @@ class PairedCollator:
             rows = refined.sequences + rows[num_training:]
             row_of_sequence, log_probs = refined.row_of_sequence, refined.log_probs
         batch = self.collator(rows)
-        if len(batch["labels"]) != len(rows):
-            raise ValueError(
-                f"The data collator turned {len(rows)} rows into {len(batch['labels'])}. Row weights need a collator "
-                "that returns one sequence per row, in the order of the rows."
-            )
-        # A list, not a tensor: it stays on the host, where the selector looks the weights up without a device sync
+        row_labels: Any  # of each row, shape (L,)
+        if self.padding_free:
+            row_labels = [torch.tensor(row.get("labels", row["input_ids"])) for row in rows]
+            batch[ROW_LENGTHS] = [len(labels) for labels in row_labels]
+            num_tokens = [int(labels[1:].ne(-100).sum()) for labels in row_labels]
+        else:
+            row_labels = torch.as_tensor(batch["labels"])  # (R, L)
+            if len(row_labels) != len(rows):
+                raise ValueError(
+                    f"The data collator turned {len(rows)} rows into {len(row_labels)}. Row weights need a collator "
+                    "that returns one sequence per row, in the order of the rows."
+                )
+            num_tokens = row_labels[:, 1:].ne(-100).sum(dim=1).tolist()
+        # Lists, not tensors: they stay on the host, where rows are weighed without waiting for the device
         batch[SAMPLE_INDICES] = sample_indices
         batch[REFERENCE_NLL] = reference_nll
         batch[ROW_OF_SEQUENCE] = row_of_sequence
+        batch[NUM_TOKENS] = num_tokens
         batch[REFINED_SPANS] = [
             _find_span(labels, values) if values else None
-            for labels, values in zip(batch["labels"], log_probs, strict=False)  # validation rows follow
+            for labels, values in zip(row_labels, log_probs, strict=False)  # validation rows follow
         ]
         return batch
 

@@ -25,6 +25,7 @@ from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
+from .batch_layout import PaddedLayout, padded
 from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
 from .run_settings import row_options
@@ -110,7 +111,7 @@ class RowScorer:
                     for row in indexed.select(batch_rows)
                 ]
                 for name, values in self._score_batch(
-                    trainer._prepare_inputs(trainer.data_collator(examples))
+                    trainer._prepare_inputs(padded(trainer.data_collator)(examples))
                 ).items():
                     columns[name][positions[batch_rows]] = values.double().cpu().numpy()
         finally:
@@ -123,7 +124,7 @@ class RowScorer:
         with captured_hidden_states(self.trainer.model) as hidden_states:
             scores["loss"] = self._losses(inputs)
         if self.amortized_selector is not None:
-            pooled = pool_completions(hidden_states.pop(), inputs["labels"]).cpu()
+            pooled = pool_completions(hidden_states.pop(), inputs["labels"], PaddedLayout()).cpu()
             scores["selector_score"] = self.amortized_selector.score(pooled, scores["loss"].float().cpu())
         if self.value_function is not None:
             with self.value_function.active():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .batch_layout import BatchLayout
 from .losses import (
     LossNormalization,
     ObjectiveSize,
@@ -35,6 +36,10 @@ class StepRows:
     """Which training row each training sequence answers, int64 of shape (S,), on the CPU."""
     refined_spans: list[RefinedSpan | None]
     """Of each training sequence: where a refined response is; `None` for an original answer."""
+    num_tokens: torch.Tensor
+    """Completion tokens of each of the R sequences, int64 of shape (R,), on the CPU."""
+    layout: BatchLayout
+    """Where the sequences are in the model's inputs."""
     reference_nll: torch.Tensor
     """Of preference pairs: log-likelihoods under the reference, shape (2P,), fp32, in nats. Empty without pairs."""
     num_filtered: int = 0
@@ -83,45 +88,41 @@ class StepRows:
         pairs = finite[self.num_sequences :].view(-1, 2).all(dim=1)  # (P,)
         return torch.cat([finite[: self.num_sequences], pairs.repeat_interleave(2)])
 
-    def only(self, staying: torch.Tensor) -> "StepRows":
+    def only(self, staying: torch.Tensor, layout: BatchLayout) -> "StepRows":
         """The same without the sequences that do not stay; `staying` is bool of shape (R,), pairs being whole."""
         assert self.coefficients is not None
-        training, validation = staying.cpu().tensor_split([self.num_sequences])
-        units = torch.cat([training, validation[::2] if self.reference_nll.numel() else validation])
+        training, validation = staying.tensor_split([self.num_sequences])
+        has_pairs = self.reference_nll.numel() > 0
+        units = torch.cat([training, validation[::2] if has_pairs else validation])
+        reference_nll = self.reference_nll
         return replace(
             self,
             row_of_sequence=self.row_of_sequence[training],
             refined_spans=[span for span, stays in zip(self.refined_spans, training, strict=True) if stays],
-            reference_nll=self.reference_nll[validation.to(self.reference_nll.device)]
-            if self.reference_nll.numel()
-            else self.reference_nll,
+            num_tokens=self.num_tokens[staying],
+            layout=layout,
+            reference_nll=reference_nll[validation.to(reference_nll.device)] if has_pairs else reference_nll,
             coefficients=self.coefficients[units.to(self.coefficients.device)],
         )
 
-    def weighted(self, weights: torch.Tensor, threshold: float, labels: torch.Tensor) -> WeightedRows:
+    def weighted(self, weights: torch.Tensor, threshold: float) -> WeightedRows:
         """
-        Join the micro-batch's rows with their weights.
+        Join the micro-batch's rows with their weights, on the CPU.
 
         Args:
-            weights (`torch.Tensor`): of its training rows, shape (T,), on the CPU.
+            weights (`torch.Tensor`): of its training rows, shape (T,).
             threshold (`float`): see [`~trl_bilevel.losses.filter_threshold`].
-            labels (`torch.Tensor`): shape (R, L), -100 where ignored.
         """
-        # On the CPU, then in one transfer: counting on the device would wait for it
         shares = 1 / self.row_of_sequence.bincount(minlength=self.num_training).float()  # (T,)
-        of_rows = torch.stack([weights.float(), shares])
-        weights, shares = of_rows[:, self.row_of_sequence].to(labels.device)  # (S,) each
-        kept = weights >= threshold
-        num_tokens = labels[:, 1:].ne(-100).sum(dim=1)  # (R,)
-        training_tokens, validation_tokens = num_tokens.tensor_split([self.num_sequences])
+        weights, shares = weights.float()[self.row_of_sequence], shares[self.row_of_sequence]  # (S,) each
+        training_tokens, validation_tokens = self.num_tokens.tensor_split([self.num_sequences])
         if self.reference_nll.numel():
             validation_tokens = torch.ones_like(validation_tokens[::2])  # (P,): a pair counts as a whole
-        return WeightedRows(weights, kept, shares, training_tokens, validation_tokens)
+        return WeightedRows(weights, weights >= threshold, shares, training_tokens, validation_tokens)
 
 
 def row_coefficients_of_step(
     step_rows: list[StepRows],
-    labels: list[torch.Tensor],
     weights: torch.Tensor,
     threshold: float,
     validation_weight: float,
@@ -133,17 +134,18 @@ def row_coefficients_of_step(
 
     Args:
         step_rows (`list[StepRows]`): the step's micro-batches on this process.
-        labels (`list[torch.Tensor]`): of their sequences, shape (R, L) each, -100 where ignored.
-        weights (`torch.Tensor`): of their training rows, one micro-batch after the other, on the CPU.
+        weights (`torch.Tensor`): of their training rows, one micro-batch after the other.
         threshold (`float`): rows of a lower weight are left out.
         validation_weight (`float`): lambda.
         normalization (`"token"` or `"row"`): what losses are divided by, over the whole step.
         reduce (`Callable`, *optional*): adds up the divisors over processes.
+
+    Returns:
+        `list[torch.Tensor]`: fp32 on the CPU, shape (S + V,) each.
     """
     micro_weights = weights.split([rows.num_training for rows in step_rows])
     micro_batches = [
-        rows.weighted(row_weights, threshold, row_labels)
-        for rows, row_weights, row_labels in zip(step_rows, micro_weights, labels, strict=True)
+        rows.weighted(row_weights, threshold) for rows, row_weights in zip(step_rows, micro_weights, strict=True)
     ]
     size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
     if reduce is not None:
