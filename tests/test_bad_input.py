@@ -36,7 +36,7 @@ ROWS = prompt_completion_rows(24)
         ({"loss_type": "dft"}, "`loss_type='dft'` is not supported"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not supported"),
         ({"packing": True, "packing_strategy": "wrapped"}, "cuts rows into pieces"),
-        ({"padding_free": True}, "`max_length` is not enforced"),
+        ({"packing": True, "max_length": None}, "needs `max_length`"),
         ({"train_sampling_strategy": "batch_rebalance"}, "Use 'random', 'sequential' or 'group_by_length'"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
     ],

@@ -1,7 +1,9 @@
 """Publishing to a Hub and loading from it, by the real clients over HTTP."""
 
+import copy
 import json
 import logging
+import pickle
 import re
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ from trl_bilevel import load_curated_dataset
 from trl_bilevel.cli import main
 from trl_bilevel.hub import PublishError
 from trl_bilevel.run_records import curate_run, describe_dataset
+from trl_bilevel.scripts import sft
 
 
 REPO = "me/mixture-curated"
@@ -88,6 +91,9 @@ def test_what_was_written_by_hand_stays_in_the_card(hub, trained):
     card = _card(hub)
     assert card.data.license == "mit"
     assert card.data.language == ["en"]
+    trained.push_curated_dataset(REPO, keep_ratio=0.25, license="apache-2.0")  # said now, and so counts more
+    card = _card(hub)
+    assert card.data.license == "apache-2.0"
     assert card.text.lstrip().startswith("# My own words")
     assert card.text.rstrip().endswith("Thanks!")
     assert card.text.count("trl-bilevel: start") == 1
@@ -139,9 +145,10 @@ def test_hostile_rows_are_text_in_the_card(hub, make_trainer):
     assert "](javascript" not in text
     assert "\n# Title" not in text
     assert "q0 &#60;script&#62;" in text
-    trainer.push_curated_dataset(REPO, keep_ratio=0.5, sensitive=True)
-    assert "q0" not in _card(hub).text
-    assert "not-for-all-audiences" in _card(hub).data.tags
+    for options in ({"sensitive": True}, {}):  # the mark of an earlier push stays
+        trainer.push_curated_dataset(REPO, keep_ratio=0.5, **options)
+        assert "q0" not in _card(hub).text
+        assert "not-for-all-audiences" in _card(hub).data.tags
 
 
 def test_refined_answers_are_published_beside_the_originals(hub, make_trainer):
@@ -261,6 +268,77 @@ def test_all_sources_of_a_mixture_are_recorded(hub, trained, make_trainer, caplo
     assert _card(hub).data.license == "other"
 
 
+def test_rows_that_are_only_partly_from_the_hub_are_not_relicensed(hub, trained, make_trainer, train_dataset):
+    trained.push_curated_dataset("me/a", license="mit")
+    published = load_dataset("me/a", split="train").select_columns(["prompt", "completion"])
+    trainer = make_trainer(train_dataset=concatenate_datasets([published, train_dataset]))
+    trainer.train()
+    trainer.push_curated_dataset(REPO)
+    card = _card(hub)
+    assert "license" not in card.data.to_dict()
+    assert "and rows that are not on the Hub" in card.text
+    assert "--dataset_name TRAINING_ROWS" in card.text
+
+
+def test_splits_are_kept_side_by_side(hub, trained, make_trainer):
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    rows = Dataset.from_list(prompt_completion_rows(24).to_list(), split="validation")
+    trainer = make_trainer(train_dataset=rows)
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.25)
+    assert len(_load()) == 12
+    assert len(load_dataset(REPO, split="validation")) == 6
+    assert load_dataset(REPO, "scores").keys() == {"train", "validation"}
+
+
+def test_card_that_cannot_be_read_is_not_written_over(hub, trained):
+    trained.push_curated_dataset(REPO)
+    api = HfApi()
+    text = _card(hub).content.replace("<!-- trl-bilevel: start -->", "# Mine\n\n<!-- trl-bilevel: start -->")
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=REPO, repo_type="dataset")
+    hub.fail("HEAD", "README.md", 500, times=100)
+    with pytest.raises(PublishError, match="cannot be reached"):
+        trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    hub.faults.clear()
+    assert "# Mine" in _card(hub).text
+    for broken, message in ((text.replace("<!-- trl-bilevel: end -->", ""), "nobody can tell"),
+                            (f"---\nlicense: [mit\n---\n{text}", "Mend the YAML")):  # fmt: skip
+        api.upload_file(path_or_fileobj=broken.encode(), path_in_repo="README.md", repo_id=REPO, repo_type="dataset")
+        with pytest.raises(ValueError, match=message):
+            trained.push_curated_dataset(REPO, keep_ratio=0.5)
+        assert hub.files("dataset", REPO)["README.md"].decode() == broken
+
+
+def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(peft_config=lora, packing=True, max_length=64, per_device_train_batch_size=2)
+    trainer.train()
+    trainer.push_curated_dataset(REPO)
+    (command,) = re.findall(r"trl-bilevel sft (.*?)```", _card(hub).text, flags=re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    _, training_args, model_args, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])
+    assert (model_args.use_peft, model_args.lora_r, model_args.lora_alpha) == (True, 4, 8)
+    assert model_args.lora_target_modules == ["q_proj", "v_proj"]
+    for name in ("packing", "max_length", "per_device_train_batch_size", "learning_rate", "max_steps", "seed", "bf16"):
+        assert getattr(training_args, name) == getattr(trainer.args, name), name
+
+
+def test_retry_command_does_what_the_call_would_have_done(hub, trained):
+    hub.fail("POST", "/repos/create", 403, times=1)
+    with pytest.raises(PublishError) as error:
+        trained.push_curated_dataset(
+            REPO, keep_ratio=0.5, private=True, sensitive=True, revision="draft", license="mit", language="en"
+        )
+    (command,) = re.findall(r"`(trl-bilevel push .*?)`", str(error.value))
+    main(shlex.split(command)[1:])
+    assert hub.repo("dataset", REPO).private
+    assert hub.files("dataset", REPO) == {}
+    card = _card(hub, "draft")
+    assert (card.data.license, card.data.language) == ("mit", ["en"])
+    assert "not-for-all-audiences" in card.data.tags
+    assert len(_load(revision="draft")) == 12
+
+
 def test_license_is_asked_for_where_nobody_has_said(hub, trained, tmp_path, monkeypatch):
     trained.save_model()
     answers = []
@@ -288,6 +366,42 @@ def test_run_on_disk_gives_the_same_dataset(hub, make_trainer, train_dataset):
     assert curate_run(output_dir).to_list() == trainer.curate().to_list()
     with pytest.raises(FileNotFoundError, match="holds no scores"):
         curate_run(output_dir + "-elsewhere")
+
+
+def test_files_of_different_runs_are_not_mixed(make_trainer, train_dataset, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    refine = {"refine_ratio": 0.5, "refine_start_step": 0, "refine_max_new_tokens": 4, "refine_discard_flawed": False}
+    first = make_trainer(**options, **refine)
+    first.train()
+    first.save_model()
+    second = make_trainer(**options)
+    second.train()
+    second.save_model()
+    assert curate_run(second.args.output_dir).to_list() == second.curate().to_list()  # no answers of the first
+    other = make_trainer(train_dataset=train_dataset.shuffle(seed=1), max_steps=2)
+    other._save_records(str(tmp_path / "other"))  # its rows are in the folder now, but no scores of it
+    with pytest.raises(ValueError, match="different runs"):
+        curate_run(second.args.output_dir)
+
+
+def test_newest_complete_scores_count(make_trainer):
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=6)
+    trainer.train()
+    output_dir = Path(trainer.args.output_dir)
+    (output_dir / "checkpoint-6" / "_row_scores.pq").unlink()  # killed before it was complete
+    expected = curate_run(output_dir / "checkpoint-4").to_list()
+    assert curate_run(output_dir).to_list() == expected
+    trainer.save_model()
+    assert curate_run(output_dir).to_list() == trainer.curate().to_list()
+
+
+def test_config_copies_keep_their_token_and_paths(make_config, tmp_path):
+    config = make_config(hub_token="hf_write")
+    for copied in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert (copied.hub_token, copied.output_dir) == ("hf_write", str(tmp_path / "run"))
+    with config.published():
+        published = pickle.loads(pickle.dumps(config))
+    assert (published.hub_token, published.output_dir) == (None, "run")
 
 
 def test_rows_are_not_written_where_that_is_not_wanted(make_trainer):

@@ -217,7 +217,7 @@ def test_amortized_selector_sees_packed_rows(make_trainer):
     [
         ({"packing_strategy": "wrapped"}, "cuts rows into pieces"),
         ({"packing_strategy": "bfd_split"}, "cuts rows into pieces"),
-        ({"max_length": None}, "needs `max_length`"),
+        ({"packing": False, "padding_free": True}, "`max_length` is not enforced"),
         ({"train_sampling_strategy": "group_by_length"}, "about as long as each other"),
         ({"per_device_train_batch_size": 64}, "packed sequences to train on, fewer than one batch of 64"),
     ],

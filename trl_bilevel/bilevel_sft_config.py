@@ -1,6 +1,8 @@
 """Options of the bilevel trainer."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -17,6 +19,7 @@ SelectionMethod = Literal["bds", "bmo"]
 ValidationLossType = Literal["nll", "dpo"]
 ValueFunctionType = Literal["none", "adapter"]
 _TOKENS = ("hub_token", "token")
+_TO_BE_PUBLISHED = "_to_be_published"
 
 
 @dataclass
@@ -265,8 +268,17 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         _check_sft_options(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling only: Trainer writes `training_args.bin` into folders that it pushes to the Hub."""
-        return _without_secrets(vars(self))
+        state = {name: value for name, value in vars(self).items() if name != _TO_BE_PUBLISHED}
+        return _without_secrets(state) if _TO_BE_PUBLISHED in vars(self) else state
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Pickle no tokens and no local paths: Trainer writes `training_args.bin` into folders that it pushes."""
+        setattr(self, _TO_BE_PUBLISHED, True)
+        try:
+            yield
+        finally:
+            delattr(self, _TO_BE_PUBLISHED)
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> "BilevelSFTConfig":
@@ -283,7 +295,9 @@ def _without_secrets(value: Any) -> Any:
     """Options without tokens, and of paths the last part only."""
     if isinstance(value, dict):
         return {name: None if name in _TOKENS else _without_secrets(item) for name, item in value.items()}
-    if isinstance(value, str) and os.path.isabs(value):
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map(_without_secrets, value))
+    if isinstance(value, (str, os.PathLike)) and os.path.isabs(value):
         return os.path.basename(value)
     return value
 

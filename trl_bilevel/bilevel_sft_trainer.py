@@ -235,9 +235,7 @@ class BilevelSFTTrainer(BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
-        self._run_facts = describe_run(
-            args, get_config_model_id(self.model.config), train_dataset, trusted_rows, has_value_function
-        )
+        self._run_facts = describe_run(args, self.model, train_dataset, trusted_rows, has_value_function)
         self._curated_repo_id: str | None = None  # once it was pushed
         self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
@@ -590,6 +588,19 @@ class BilevelSFTTrainer(BilevelStep):
         if not self.is_world_process_zero():
             return None
         output_dir = self.args.output_dir
+        retry_command = None
+        if self.args.save_training_rows:
+            retry_command = push_command(
+                output_dir,
+                repo_id,
+                keep_ratio=keep_ratio,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                license=license,
+                language=language,
+                sensitive=sensitive,
+            )
         self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
         commit = publish_curated_dataset(
             self.curate(),
@@ -603,7 +614,7 @@ class BilevelSFTTrainer(BilevelStep):
             license=license,
             language=language,
             sensitive=sensitive,
-            retry_command=push_command(output_dir, repo_id, keep_ratio) if self.args.save_training_rows else None,
+            retry_command=retry_command,
         )
         self._curated_repo_id = commit.repo_url.repo_id
         if collection is not None:
@@ -629,8 +640,23 @@ class BilevelSFTTrainer(BilevelStep):
         """
         output_dir = self.args.output_dir
         repo_id = self.hub_model_id or self.args.hub_model_id or Path(output_dir).name
-        with explained(repo_id, upload_command(output_dir, repo_id)):
+        command = upload_command(output_dir, repo_id, self.args.hub_private_repo, self.args.hub_revision)
+        with explained(repo_id, command):
             return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self.args.published():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        jobs = self.push_in_progress.jobs if getattr(self, "push_in_progress", None) is not None else []
+        for error in filter(None, (job.exception() for job in jobs)):
+            logger.warning(f"An upload of a checkpoint failed ({error.__class__.__name__}); the files are on disk.")
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with self.args.published():
+            super()._save(*args, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -656,11 +682,14 @@ class BilevelSFTTrainer(BilevelStep):
     def _save_records(self, directory: str) -> None:
         """What `trl-bilevel curate` and `push` need, without the model."""
         os.makedirs(directory, exist_ok=True)
-        save_scores(directory, self.data_selector, self._run_facts)
         if self.refiner is not None:
             self.response_store.save(directory)
+        else:  # of another run in the same folder
+            (Path(directory) / CHECKPOINT_FILE_NAME).unlink(missing_ok=True)
         if self.args.save_training_rows:
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
+        # Last: what has scores is complete
+        save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
 
     def score(
         self,

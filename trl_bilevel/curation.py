@@ -61,7 +61,7 @@ def curate_dataset(
         raise ValueError(
             f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
         )
-    num_rows = len(dataset)
+    num_rows, split = len(dataset), dataset.split
     best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
     rank = np.empty(num_rows, dtype=np.int64)
     rank[best_first] = np.arange(1, num_rows + 1)
@@ -77,7 +77,8 @@ def curate_dataset(
     if SAMPLE_ID_COLUMN not in dataset.column_names:
         columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}
     # Without a format of the user's, which joining would bake into the columns
-    dataset = concatenate_datasets([dataset.with_format(None), Dataset(pa.table(columns))], axis=1)
+    scores_dataset = Dataset(pa.table(columns))
+    dataset = concatenate_datasets([dataset.with_format(None), scores_dataset], axis=1, split=split)
     if keep_ratio is None:
         return dataset
     num_kept = max(1, round(keep_ratio * num_rows))

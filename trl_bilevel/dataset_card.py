@@ -26,7 +26,8 @@ _NUM_EXAMPLES = 5
 _LONGEST_EXAMPLE = 200  # characters
 _SMALLEST_WEIGHT = 1e-6
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-_OURS = ("configs", "size_categories", "source_datasets", "annotations_creators")
+SENSITIVE_TAG = "not-for-all-audiences"
+_HASHED_CONFIG = re.compile(r".*-[0-9a-f]{16}")  # of `load_dataset(..., data_files=...)`
 _FROM_RUN_ON = re.compile(re.escape(START_MARK) + ".*?" + re.escape(END_MARK) + "\n?", flags=re.DOTALL)
 
 
@@ -55,9 +56,10 @@ def build_card(
         old_card (`huggingface_hub.DatasetCard`, *optional*): the one on the Hub.
         folder (`pathlib.Path`): where the figure goes.
     """
-    weights = np.asarray(scored["weight"])
-    kept = np.asarray(scored["rank"]) <= num_kept
-    refined = np.asarray(scored["response_source"]) == "refined"
+    weights = column(scored, "weight")
+    kept = column(scored, "rank") <= num_kept
+    refined = column(scored, "response_source") == "refined"
+    sensitive = sensitive or SENSITIVE_TAG in _tags(old_card)
     draw_weights(weights, kept, folder / FIGURE_PATH)
     training, validation = facts["training"], facts["validation"]
     metadata: dict[str, Any] = {
@@ -67,12 +69,12 @@ def build_card(
         "task_categories": ["text-generation"],
         "annotations_creators": ["machine-generated"],
         "size_categories": [size_category(num_kept)],
-        "source_datasets": source_ids(training) or ["original"],
+        "source_datasets": source_ids(training) or None,
         "tags": ["trl", "bilevel-sft", "data-curation", *(["synthetic"] if refined.any() else [])],
         "configs": _configs(scored, bool(refined.any())),
     }
     if sensitive:
-        metadata["tags"].append("not-for-all-audiences")
+        metadata["tags"].append(SENSITIVE_TAG)
     values = {
         "start_mark": START_MARK,
         "end_mark": END_MARK,
@@ -102,20 +104,44 @@ def build_card(
     return _merge(metadata, ours, old_card)
 
 
+def _tags(card: DatasetCard | None) -> list[str]:
+    return [] if card is None else list(card.data.to_dict().get("tags") or [])
+
+
 def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) -> DatasetCard:
     """Our part and our keys written anew, all else as it was."""
     text = ours
     if old_card is not None:
         found = old_card.data.to_dict()
-        tags = [*dict.fromkeys([*(found.get("tags") or []), *metadata["tags"]])]
-        # What depends on the rows is ours; the rest is a proposal, and whoever corrected it is right
-        metadata = {**metadata, **{name: value for name, value in found.items() if name not in _OURS}, "tags": tags}
+        # What the rows decide is ours; the rest is a proposal, and whoever corrected it is right
+        anew = {
+            "size_categories": metadata["size_categories"],
+            "tags": [*dict.fromkeys([*_tags(old_card), *metadata["tags"]])],
+            "configs": _merge_configs(found.get("configs") or [], metadata["configs"]),
+        }
+        metadata = {**metadata, **found, **anew}
+        if START_MARK in old_card.text and END_MARK not in old_card.text:
+            raise ValueError(
+                f"The card on the Hub has the mark `{START_MARK}` but no `{END_MARK}`, so that nobody can tell what "
+                "was written by hand. Put the second one back where your own text starts, or remove the first."
+            )
         if START_MARK in old_card.text:
             text = _FROM_RUN_ON.sub(lambda _: ours, old_card.text, count=1)
         else:
             text = f"{old_card.text.rstrip()}\n\n{ours}" if old_card.text.strip() else ours
     data = DatasetCardData(**{name: value for name, value in metadata.items() if value is not None})
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n{text.lstrip()}")
+
+
+def _merge_configs(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours, with the splits that other runs published, then those of others."""
+    merged = []
+    for config in ours:
+        old = next((other for other in found if other["config_name"] == config["config_name"]), {})
+        splits = {entry["split"]: entry for entry in old.get("data_files") or [] if isinstance(entry, dict)}
+        splits |= {entry["split"]: entry for entry in config["data_files"]}
+        merged.append({**config, "data_files": list(splits.values())})
+    return merged + [other for other in found if other["config_name"] not in CONFIGS]
 
 
 def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
@@ -127,6 +153,11 @@ def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
             config["default"] = True
         configs.append({**config, "data_files": [{"split": split, "path": f"{name}/{split}-*.parquet"}]})
     return configs
+
+
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """A column of numbers or strings, at once and not row by row."""
+    return np.asarray(dataset.select_columns([name]).with_format("arrow")[:].column(name))
 
 
 def split_name(dataset: Dataset) -> str:
@@ -157,21 +188,26 @@ def _command(facts: dict[str, Any]) -> str:
         **_dataset_options(facts["training"], "dataset", "dataset_train_split", "TRAINING_ROWS"),
         **_dataset_options(facts["validation"], "validation_dataset", "validation_dataset_split", "TRUSTED_ROWS"),
         "output_dir": "out",
+        **facts["model_options"],
         **options,
     }
-    return " \\\n".join(f"    --{name} {shlex.quote(str(value))}" for name, value in named.items())
+    words = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
+    return " \\\n".join(f"    --{name} {shlex.join(map(str, values))}" for name, values in words.items())
 
 
 def _dataset_options(description: dict[str, Any], prefix: str, split_option: str, placeholder: str) -> dict[str, Any]:
     """Options that load a described dataset again; a placeholder if it is not one repository's."""
-    if len(description["sources"]) != 1:
+    split = description["split"]
+    sources = description["sources"]
+    is_whole = len(sources) == 1 and not description["has_other_rows"] and (split is None or split.isidentifier())
+    if not is_whole or _HASHED_CONFIG.fullmatch(sources[0]["config"]):
         return {f"{prefix}_name": placeholder}
-    (source,) = description["sources"]
+    (source,) = sources
     options = {f"{prefix}_name": source["id"]}
     if source["config"] != "default":
         options[f"{prefix}_config"] = source["config"]
-    if description["split"] not in (None, "train"):
-        options[split_option] = description["split"]
+    if split not in (None, "train"):
+        options[split_option] = split
     return options
 
 
@@ -197,7 +233,7 @@ def escape(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
 
 
 def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    rank = np.asarray(scored["rank"])
+    rank = column(scored, "rank")
     dropped = np.flatnonzero(~kept)
     groups = {
         "Kept, of the highest weight": np.argsort(rank)[:_NUM_EXAMPLES],

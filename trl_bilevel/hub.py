@@ -1,5 +1,6 @@
 """Curated datasets on the Hub: published in one commit, and loaded again."""
 
+import errno
 import logging
 import os
 import tempfile
@@ -10,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, load_dataset
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from .curation import SAMPLE_ID_COLUMN
-from .dataset_card import CONFIGS, FIGURE_PATH, build_card, split_name
+from .dataset_card import CONFIGS, FIGURE_PATH, build_card, column, split_name
 from .refined_rows import RESPONSES_COLUMN
 
 
@@ -100,6 +103,11 @@ def publish_curated_dataset(
         info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
         existing = {sibling.rfilename for sibling in info.siblings or []}
         old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
+        languages = [language] if isinstance(language, str) else language
+        if old_card is not None:  # what is said now counts more than what was
+            for name, value in (("license", license), ("language", languages)):
+                if value is not None:
+                    old_card.data[name] = value
         source = _describe_sources(api, facts["training"])
         license = license or source["license"]
         if license is None and (old_card is None or old_card.data.get("license") is None):
@@ -109,7 +117,7 @@ def publish_curated_dataset(
                     f"{repo_id} is published without a license, so nobody else may use it. Pass `license=`, or write "
                     "it into the card."
                 )
-        languages = [language] if isinstance(language, str) else language or source["language"]
+        languages = languages or source["language"]
         with tempfile.TemporaryDirectory() as folder:
             files = write_configs(scored, num_kept, Path(folder))
             card = build_card(scored, num_kept, facts, repo_id, license, languages, sensitive, old_card, Path(folder))
@@ -117,7 +125,7 @@ def publish_curated_dataset(
             operations: list[Any] = [
                 CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
             ]
-            ours = tuple(f"{config}/" for config in CONFIGS)
+            ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
             stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
             operations += [CommitOperationDelete(name) for name in stale]
             message = commit_message or f"Curated dataset: {num_kept:,} of {len(scored):,} rows"
@@ -174,18 +182,16 @@ def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
     whether it was kept; `refined` the rows with a regenerated answer, if there are any.
     """
     split = split_name(scored)
-    curated = scored.filter(lambda ranks: [rank <= num_kept for rank in ranks], batched=True, input_columns="rank")
+    kept = column(scored, "rank") <= num_kept
+    curated = scored.select(np.flatnonzero(kept))
     if RESPONSES_COLUMN in curated.column_names:
         curated = curated.remove_columns(RESPONSES_COLUMN)
-    scores = scored.select_columns(list(_SCORE_COLUMNS))
-    scores = scores.add_column("kept", [rank <= num_kept for rank in scored["rank"]])
+    scores = scored.select_columns(list(_SCORE_COLUMNS)).add_column("kept", pa.array(kept))
     tables = {"curated": curated, "scores": scores}
     if RESPONSES_COLUMN in scored.column_names:
-        refined = scored.filter(
-            lambda sources: [source == "refined" for source in sources], batched=True, input_columns="response_source"
-        )
-        if len(refined):
-            tables["refined"] = refined
+        is_refined = column(scored, "response_source") == "refined"
+        if is_refined.any():
+            tables["refined"] = scored.select(np.flatnonzero(is_refined))
     names = []
     for config, table in tables.items():
         (folder / config).mkdir()
@@ -245,17 +251,20 @@ def load_curated_dataset(
 
 def _describe_sources(api: HfApi, training: dict[str, Any]) -> dict[str, Any]:
     """License, if all sources have the same, and languages, from the cards of the repositories rows come from."""
-    licenses, languages = set(), []
+    licenses: set[str | None] = {None} if training["has_other_rows"] else set()
+    languages: list[str] = []
     for source in training["sources"]:
         try:
             card = _read_card(api, source["id"], source["revision"])
-        except (RepositoryNotFoundError, RevisionNotFoundError):  # gone, or not this token's to see
+        except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:  # gone, not to be seen, or broken
+            logger.warning(f"The card of {source['id']} cannot be read ({error.__class__.__name__}).")
             card = None
         found = card.data.to_dict() if card is not None else {}
         licenses.add(_as_text(found.get("license")))
         languages += _as_list(found.get("language"))
     (shared,) = licenses if len(licenses) == 1 else {None}
-    return {"license": training["license"] or shared, "language": [*dict.fromkeys(languages)] or None}
+    own = training["license"] if len(training["sources"]) <= 1 else None
+    return {"license": own or shared, "language": [*dict.fromkeys(languages)] or None}
 
 
 def _as_list(value: Any) -> list[str]:
@@ -268,11 +277,23 @@ def _as_text(value: Any) -> str | None:
 
 
 def _read_card(api: HfApi, repo_id: str, revision: str) -> DatasetCard | None:
+    """
+    The card of a revision, `None` if it has none.
+
+    Raises:
+        `ValueError`: for a card whose metadata cannot be read.
+    """
     try:
         path = _retried(lambda: api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
-    return DatasetCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    try:
+        return DatasetCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(
+            f"The metadata of the card of {repo_id} cannot be read ({error.__class__.__name__}). Mend the YAML at its "
+            "top, then push again."
+        ) from error
 
 
 def _retried(call: Any) -> Any:
@@ -280,7 +301,7 @@ def _retried(call: Any) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             return call()
-        except (HfHubHTTPError, httpx2.TransportError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if attempt == _ATTEMPTS - 1 or (status is not None and status not in _TRANSIENT):
                 raise
@@ -329,9 +350,9 @@ def _reason(error: BaseException, namespace: str) -> str | None:
             429: "the Hub has had too many requests. Push again in a while",
         }
         return f" ({status}): {reasons.get(status, 'the Hub has failed. Push again in a while')}"
-    if isinstance(error, (httpx2.TransportError, ConnectionError)):
+    if isinstance(error, (httpx2.TransportError, ConnectionError, LocalEntryNotFoundError)):
         return f": the Hub cannot be reached ({error.__class__.__name__}). Push again"
-    if isinstance(error, OSError):
-        what = os.strerror(error.errno) if error.errno else error
-        return f": {what}. Free some space under {tempfile.gettempdir()}, or set `TMPDIR`"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" under {Path(error.filename).parent}" if error.filename else f" under {tempfile.gettempdir()}"
+        return f": {os.strerror(error.errno)}. Free some space{where}, or set `TMPDIR`"
     return None

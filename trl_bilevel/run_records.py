@@ -10,6 +10,7 @@ import re
 import secrets
 import shlex
 import shutil
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from accelerate.utils import is_peft_model
 from datasets import Dataset, load_from_disk
-from transformers.trainer_utils import get_last_checkpoint
+from datasets.table import ConcatenationTable, MemoryMappedTable
+from peft import LoraConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import get_config_model_id
 
 from .curation import curate_dataset
 from .data_selector import DataSelector
@@ -62,7 +67,21 @@ _CARD_OPTIONS = (
     "per_device_validation_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
     "max_length",
+    "truncation_mode",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "packing",
+    "padding_free",
+    "shuffle_dataset",
+    "train_sampling_strategy",
+    "source_column",
     "seed",
 )
 # Where `load_dataset` caches a repository's rows, the only place that says which commit they are of
@@ -83,12 +102,14 @@ def save_training_rows(directory: str | os.PathLike, rows: Dataset, fingerprint:
     """
     folder = Path(directory) / ROWS_FOLDER_NAME
     mark = folder / _FINGERPRINT_FILE_NAME
-    if mark.is_file() and mark.read_text() == fingerprint:
+    # The first knows of prepared rows only; of the other columns, and of text that was cut off, the second
+    fingerprints = f"{fingerprint} {rows._fingerprint}"
+    if mark.is_file() and mark.read_text() == fingerprints:
         return
     partial = folder.with_name(f"{ROWS_FOLDER_NAME}.{secrets.token_hex(4)}.partial")
     try:
         rows.with_format(None).save_to_disk(partial)
-        (partial / _FINGERPRINT_FILE_NAME).write_text(fingerprint)
+        (partial / _FINGERPRINT_FILE_NAME).write_text(fingerprints)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -96,7 +117,9 @@ def save_training_rows(directory: str | os.PathLike, rows: Dataset, fingerprint:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_scores(directory: str | os.PathLike, selector: DataSelector, facts: dict[str, Any]) -> None:
+def save_scores(
+    directory: str | os.PathLike, selector: DataSelector, facts: dict[str, Any], fingerprint: str, step: int
+) -> None:
     """
     Write what curation needs to know of every row, and the facts for the card, each whole or not at all.
 
@@ -104,6 +127,8 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, facts: dic
         directory (`str` or `os.PathLike`): an existing folder, of the run or of a checkpoint.
         selector ([`DataSelector`]): N rows.
         facts (`dict`): what [`describe_run`] returns.
+        fingerprint (`str`): of the training rows.
+        step (`int`): optimizer step of the scores.
     """
     table = pa.table(
         {
@@ -113,10 +138,11 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, facts: dic
             "scored": selector.scored.numpy(),
             "judged": selector.judged.numpy(),
         }
-    )
+    ).replace_schema_metadata({"rows_fingerprint": fingerprint, "step": str(step)})
     for name, write in (
-        (SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path)),
         (FACTS_FILE_NAME, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n")),
+        # Last: what has scores is complete
+        (SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path)),
     ):
         path = Path(directory) / name
         partial = path.with_name(f"{name}.partial")
@@ -153,10 +179,11 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         )
     rows = load_from_disk(str(rows_folder))
     scores = pyarrow.parquet.read_table(directory / SCORES_FILE_NAME)
-    if len(scores) != len(rows):
+    found = (rows_folder / _FINGERPRINT_FILE_NAME).read_text().split()[0]
+    if len(scores) != len(rows) or scores.schema.metadata[b"rows_fingerprint"].decode() != found:
         raise ValueError(
-            f"{directory} has scores of {len(scores)} rows and {rows_folder} holds {len(rows)}: they are of different "
-            "runs."
+            f"{directory} has scores of {len(scores)} rows, and {rows_folder} holds {len(rows)} others: they are of "
+            "different runs. Curate in the training script, `trainer.curate(...)`, or train again."
         )
     responses = directory / RESPONSES_FILE_NAME
     return curate_dataset(
@@ -171,35 +198,45 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
     )
 
 
-def push_command(run_dir: str | os.PathLike, repo_id: str, keep_ratio: float | None) -> str:
+def push_command(run_dir: str | os.PathLike, repo_id: str, **options: Any) -> str:
     """
-    The command that publishes a run's curated dataset.
+    The command that publishes a run's curated dataset, with the same options.
 
     Example:
 
     ```python
-    >>> push_command("out", "me/rows", 0.7)
-    'trl-bilevel push out me/rows --keep_ratio 0.7'
+    >>> push_command("out", "me/rows", keep_ratio=0.7, private=True, revision=None, sensitive=False)
+    'trl-bilevel push out me/rows --keep_ratio 0.7 --private True'
 
     ```
     """
     words = ["trl-bilevel", "push", str(run_dir), repo_id]
-    return shlex.join(words if keep_ratio is None else [*words, "--keep_ratio", str(keep_ratio)])
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
-def upload_command(output_dir: str | os.PathLike, repo_id: str) -> str:
+def upload_command(
+    output_dir: str | os.PathLike, repo_id: str, private: bool | None = None, revision: str | None = None
+) -> str:
     """
-    The command that publishes a model on disk, without checkpoints and records, as Trainer would.
+    The command that publishes a model on disk as Trainer would: without checkpoints, records and curated rows.
 
     Example:
 
     ```python
-    >>> upload_command("out", "me/adapter")
-    "hf upload me/adapter out . --exclude '_*' --exclude 'checkpoint-*'"
+    >>> upload_command("out", "me/adapter", private=True)
+    "hf upload me/adapter out . --private --exclude '_*' --exclude 'checkpoint-*' --exclude '*.parquet'"
 
     ```
     """
-    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", "--exclude", "_*", "--exclude", "checkpoint-*"])
+    words = ["hf", "upload", repo_id, str(output_dir), "."]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    for pattern in ("_*", "checkpoint-*", "*.parquet"):
+        words += ["--exclude", pattern]
+    return shlex.join(words)
 
 
 def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
@@ -212,12 +249,14 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _find_scores(run_dir: str | os.PathLike) -> Path:
+    """The folder with the newest scores of a run: its own, or, if it was interrupted, its last complete checkpoint."""
     directory = Path(run_dir)
-    if (directory / SCORES_FILE_NAME).is_file():
-        return directory
-    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    if checkpoint is not None and (Path(checkpoint) / SCORES_FILE_NAME).is_file():
-        return Path(checkpoint)
+    steps: dict[Path, int] = {}
+    for folder in (directory, *directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        if (folder / SCORES_FILE_NAME).is_file():
+            steps[folder] = int(pyarrow.parquet.read_schema(folder / SCORES_FILE_NAME).metadata[b"step"])
+    if steps:
+        return max(steps, key=lambda folder: (steps[folder], folder == directory))
     raise FileNotFoundError(
         f"{directory} holds no scores of rows. Give the output folder, or a checkpoint, of a run with "
         "BilevelSFTTrainer that has come to its first checkpoint."
@@ -225,30 +264,47 @@ def _find_scores(run_dir: str | os.PathLike) -> Path:
 
 
 def describe_run(
-    args: Any, model_name: str | None, training: Dataset, validation: Dataset, has_value_function: bool
+    args: Any, model: Any, training: Dataset, validation: Dataset, has_value_function: bool
 ) -> dict[str, Any]:
     """
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
 
     Args:
         args ([`BilevelSFTConfig`]): options; those of an allow-list are taken.
-        model_name (`str`, *optional*): what the model was loaded from. A folder of this machine is left out.
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): what is trained. Its name is left out if it is
+            that of a folder of this machine.
         training (`datasets.Dataset`): rows as the user passed them.
         validation (`datasets.Dataset`): trusted rows, likewise.
         has_value_function (`bool`): whether the weights follow excess losses.
     """
+    model_name = get_config_model_id(model.config)
     return {
         "method": args.selection_method.upper() + (" with a value function" if has_value_function else ""),
         "base_model": model_name if model_name and is_hub_id(model_name) else None,
         "options": {
-            name: getattr(args, name)
+            name: value.value if isinstance(value := getattr(args, name), Enum) else value
             for name in _CARD_OPTIONS
             if name in _ALWAYS_SHOWN or getattr(args, name) != type(args).__dataclass_fields__[name].default
         },
+        "model_options": _model_options(model),
         "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),
     }
+
+
+def _model_options(model: Any) -> dict[str, Any]:
+    """Options of TRL's `ModelConfig` that give the same adapter and quantization, as far as it has them."""
+    options: dict[str, Any] = {}
+    quantization = getattr(model.config, "quantization_config", None)
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(quantization, name, False):
+            options[name] = True
+    if is_peft_model(model) and isinstance(lora := model.peft_config[model.active_adapter], LoraConfig):
+        options |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+        if isinstance(lora.target_modules, (list, set)):
+            options["lora_target_modules"] = sorted(lora.target_modules)
+    return options
 
 
 def is_hub_id(name: str) -> bool:
@@ -258,8 +314,11 @@ def is_hub_id(name: str) -> bool:
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     """Which of the Hub's repositories a dataset comes from, at which revisions, and how many rows it has."""
-    paths = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
-    matches = [match for path in paths if (match := _CACHE_PATH.fullmatch(path))]
+    parts = dataset.data.blocks if isinstance(dataset.data, ConcatenationTable) else [[dataset.data]]
+    matches = []
+    for blocks in parts:  # next to each other: columns that were added to rows of the Hub are in memory
+        paths = [Path(block.path).as_posix() for block in blocks if isinstance(block, MemoryMappedTable)]
+        matches.append(next((match for path in paths if (match := _CACHE_PATH.fullmatch(path))), None))
     sources = [
         {
             "id": "/".join(filter(None, (match["namespace"], match["name"]))),
@@ -267,9 +326,11 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
             "config": match["config"],
         }
         for match in matches
+        if match is not None
     ]
     return {
         "sources": [source for number, source in enumerate(sources) if source not in sources[:number]],
+        "has_other_rows": None in matches,  # not of the Hub
         "split": str(dataset.split) if dataset.split else None,
         "license": dataset.info.license or None,
         "num_rows": len(dataset),
@@ -298,12 +359,14 @@ def source_text(description: dict[str, Any]) -> str:
     Example:
 
     ```python
-    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}, {"id": "me/b", "revision": "a0"}]})
-    '`me/a` (revision `3f`), `me/b` (revision `a0`)'
-    >>> source_text({"sources": []})
+    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}], "has_other_rows": True})
+    '`me/a` (revision `3f`), and rows that are not on the Hub'
+    >>> source_text({"sources": [], "has_other_rows": True})
     'not on the Hub'
 
     ```
     """
     names = [f"`{source['id']}` (revision `{source['revision']}`)" for source in description["sources"]]
-    return ", ".join(names) or "not on the Hub"
+    if not names:
+        return "not on the Hub"
+    return ", ".join(names) + (", and rows that are not on the Hub" if description["has_other_rows"] else "")

@@ -25,7 +25,7 @@ class PushArguments:
         revision (`str`, *optional*): branch to push to.
         commit_message (`str`, *optional*): of the commit.
         license (`str`, *optional*): of the dataset, where its source does not say; asked for in a terminal.
-        language (`str`, *optional*): of the rows, an ISO 639 code; that of the source by default.
+        language (`list[str]`, *optional*): of the rows, ISO 639 codes; that of the source by default.
         sensitive (`bool`): show no rows in the card.
     """
 
@@ -36,7 +36,7 @@ class PushArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     license: str | None = field(default=None, metadata={"help": "License, where the source does not say."})
-    language: str | None = field(default=None, metadata={"help": "Language of the rows, an ISO 639 code."})
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the rows, ISO 639 codes."})
     sensitive: bool = field(default=False, metadata={"help": "Show no rows in the card."})
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ def main(args: PushArguments) -> None:
         license=args.license,
         language=args.language,
         sensitive=args.sensitive,
-        retry_command=push_command(args.run_dir, args.repo_id, args.keep_ratio),
+        retry_command=push_command(**vars(args)),
         ask_license=_ask_license if sys.stdin.isatty() else None,
     )
     print(f"🤗 Curated dataset pushed to the Hub as {args.repo_id}, commit {commit.oid[:8]}.")

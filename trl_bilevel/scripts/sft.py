@@ -75,6 +75,13 @@ def main(
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
 
+    curated_folder = Path(training_args.output_dir) / "curated"
+    if training_args.push_to_hub and curated_folder.exists():
+        raise ValueError(
+            f"{curated_folder} is of an earlier run and would be pushed with the model. Move it away, or choose "
+            "another `--output_dir`."
+        )
+
     eval_dataset = None
     if dataset_args.datasets:
         mixture = get_dataset(dataset_args)
