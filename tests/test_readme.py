@@ -1,11 +1,13 @@
 """The README's commands, as a new user types them; the Hub is the server of the tests."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import prompt_completion_rows
 from datasets import load_dataset
@@ -50,8 +52,13 @@ def test_train_curate_push_and_train_elsewhere(hub, new_user, build_model):
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     curated = load_dataset(str(new_user / "curated"), split="train", cache_dir=str(new_user / "cache"))
     assert len(curated) == 28
-    assert load_dataset("me/mixture-curated", split="train").to_list() == curated.to_list()
-    assert len(load_dataset("me/mixture-curated", "scores", split="train")) == 40
+    files = hub.files("dataset", "me/mixture-curated")
+    published = {
+        name: pq.read_table(io.BytesIO(files[f"{name}/train-00000-of-00001.parquet"])).to_pylist()
+        for name in ("curated", "scores")
+    }
+    assert published["curated"] == curated.to_list()
+    assert len(published["scores"]) == 40
     card = DatasetCard(hub.files("dataset", "me/mixture-curated")["README.md"].decode())
     assert card.data.license == "cc-by-4.0"
     PeftModel.from_pretrained(build_model(), str(new_user / "better"))
