@@ -53,7 +53,8 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             Strength of the pull towards the reference in the `"dpo"` loss, as in [`~trl.DPOConfig`].
         per_device_validation_batch_size (`int`, *optional*):
             Validation rows (or pairs, each of two sequences) that join each `per_device_train_batch_size` training
-            rows in the same forward pass. If `None`, as many as training rows.
+            rows in the same forward pass. If `None`, as many as training rows. With `packing` both count packed
+            sequences, and `None` takes no more than a small dataset fills.
 
         value_function (`str`, *optional*):
             `"adapter"`: a second set of values for the PEFT adapter's parameters, on the same base, learns the
