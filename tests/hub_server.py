@@ -8,6 +8,7 @@ request. It keeps everything in memory.
 import base64
 import hashlib
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,7 @@ class Fault:
     times: int
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
+    is_done: bool = False
     """Close the connection after reading so many bytes of the body."""
 
 
@@ -83,10 +85,11 @@ class HubServer:
         status: int = 500,
         times: int = 1,
         cut_after: int | None = None,
+        is_done: bool = False,
         **headers: str,
     ) -> None:
-        """Answer the next requests to a path by an error, or cut their connection."""
-        self.faults.append(Fault(method, part_of_path, status, times, headers, cut_after))
+        """Answer the next requests to a path by an error, after all is done or before, or cut their connection."""
+        self.faults.append(Fault(method, part_of_path, status, times, headers, cut_after, is_done))
 
     def repo(self, repo_type: str, repo_id: str) -> Repo:
         return self.repos[repo_type, repo_id]
@@ -150,6 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.body = self._read_body()
+        if fault is not None and fault.is_done:
+            with self.hub.lock:
+                self._send = lambda *args: None  # type: ignore[method-assign]
+                self._dispatch()
+                del self._send
         if fault is not None:
             self._send(fault.status, {"error": f"injected {fault.status}"}, fault.headers)
             return
@@ -246,7 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts == ["repos", "create"]:
             self._create_repo(self._json())
         elif parts == ["validate-yaml"]:
-            self._send(200, {"errors": [], "warnings": []})
+            wrong = re.findall(r"^license: (.*[A-Z].*)$", self._json()["content"], re.MULTILINE)
+            errors = [{"message": f'"license" is {license}'} for license in wrong]
+            self._send(400 if errors else 200, {"errors": errors, "warnings": []})
         elif parts[0] == "collections":
             self._collections(parts[1:])
         elif parts[0] in TYPES and len(parts) >= 3:

@@ -8,14 +8,17 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, concatenate_datasets, load_dataset
-from huggingface_hub import DatasetCard, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 
 import trl_bilevel.hub
@@ -32,6 +35,9 @@ REPO = "me/mixture-curated"
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(trl_bilevel.hub, "_FIRST_WAIT", 0.01)
+    # The client's own waits; of its module only
+    impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", impatient)
 
 
 @pytest.fixture
@@ -199,6 +205,28 @@ def test_adapter_is_pushed_with_a_card_that_peft_and_the_hub_know(hub, make_trai
         torch.testing.assert_close(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
     (collection,) = hub.collections.values()
     assert [(item["type"], item["id"]) for item in collection["items"]] == [("dataset", REPO), ("model", "me/adapter")]
+
+
+def test_base_model_on_disk_is_not_published(hub, make_trainer, build_model, tokenizer, tmp_path, caplog):
+    build_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(
+        model=str(tmp_path / "base"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        push_to_hub=True, hub_model_id="me/adapter", hub_strategy="checkpoint", save_strategy="steps", save_steps=2,
+        max_steps=4, metric_for_best_model="loss",
+    )  # fmt: skip
+    (warning,) = [record.message for record in caplog.records if "Pass a relative path" in record.message]
+    assert f"`output_dir='{tmp_path / 'run'}'` will be read in the files that are pushed: the trainer state" in warning
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("model", "me/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert "last-checkpoint/adapter_config.json" in files
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+    config = trainer.model.active_peft_config
+    assert config.base_model_name_or_path == str(tmp_path / "base")
 
 
 def test_pushed_checkpoint_goes_on(hub, make_trainer, tmp_path):
@@ -463,13 +491,48 @@ def test_upload_cut_in_the_middle_leaves_the_old_revision_whole(hub, make_traine
     assert len(_load()) == 12
 
 
+def test_commit_whose_answer_was_lost_is_not_made_twice(hub, trained):
+    trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    hub.fail("POST", "/commit/", 502, is_done=True)
+    commit = trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load()) == 12
+    assert [commit.oid] == [hub.repo("dataset", REPO).resolve("main").sha]
+    assert len(hub.repo("dataset", REPO).history()) == 2
+
+
+def test_card_changed_during_the_upload_is_kept(hub, trained, monkeypatch):
+    trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    create_commit, edits = HfApi.create_commit, []
+
+    def edited_meanwhile(api, *args, **options):
+        if not edits:
+            edits.append("Thanks!")
+            text = _card(hub).content + "\nThanks!\n"
+            edit = [CommitOperationAdd("README.md", text.encode())]
+            create_commit(api, REPO, edit, repo_type="dataset", commit_message="edit")
+        return create_commit(api, *args, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", edited_meanwhile)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert _card(hub).text.rstrip().endswith("Thanks!")
+    assert len(_load()) == 12
+
+
+def test_card_that_the_hub_refuses_is_explained(hub, trained):
+    with pytest.raises(PublishError, match=r'its card is refused \("license" is Not A License\)') as error:
+        trained.push_curated_dataset(REPO, license="Not A License")
+    assert f"`trl-bilevel push {trained.args.output_dir} {REPO} --license 'Not A License'`" in str(error.value)
+    assert hub.files("dataset", REPO) == {}
+
+
 @pytest.mark.parametrize("status", [409, 412])
 def test_repository_that_changed_meanwhile_is_not_overwritten(hub, trained, status):
     trained.push_curated_dataset(REPO, keep_ratio=0.25)
-    hub.fail("POST", "/commit/", status)
+    hub.fail("POST", "/commit/", status, times=10)
     with pytest.raises(PublishError, match=rf"\({status}\).*changed meanwhile. Push again"):
         trained.push_curated_dataset(REPO, keep_ratio=0.5)
     assert len(_load()) == 6
+    hub.faults.clear()
     trained.push_curated_dataset(REPO, keep_ratio=0.5)
     assert len(_load(download_mode="force_redownload")) == 12
 

@@ -12,7 +12,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
-from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -33,8 +32,7 @@ from .dataset_checks import (
     resolve_sources,
     warn_about_shared_rows,
 )
-from .hub import add_to_collection, explained, publish_curated_dataset
-from .model_card import build_model_card
+from .hub_publishing import HubPublishing
 from .packing import PackedRows, pack_rows
 from .paired_batches import (
     OPTIMIZER_STEP,
@@ -61,12 +59,8 @@ from .response_generation import (
 )
 from .run_records import (
     describe_run,
-    is_hub_id,
-    push_command,
     save_scores,
     save_training_rows,
-    source_ids,
-    upload_command,
 )
 from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
@@ -82,17 +76,8 @@ _EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and s
 _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
-_PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
-_PAPER_CITATION = f"""\
-@article{{xiao2025bilevel,
-    title        = {{{{{_PAPER_TITLE}}}}},
-    author       = {{Quan Xiao and Yutong Xuan and Gaowen Liu and Ramana Rao Kompella and Tianyi Chen}},
-    year         = 2025,
-    eprint       = {{arXiv:2511.21056}},
-}}"""
 
-
-class BilevelSFTTrainer(BilevelStep):
+class BilevelSFTTrainer(HubPublishing, BilevelStep):
     r"""
     [`~trl.SFTTrainer`] that learns, while it trains, how much each training row should count.
 
@@ -136,10 +121,6 @@ class BilevelSFTTrainer(BilevelStep):
     curated = trainer.curate(keep_ratio=0.7)
     ```
     """
-
-    _tag_names = ["trl", "bilevel-sft"]
-    _name = "Bilevel SFT"
-    _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
 
     data_collator: Any
     _signature_columns: list[str]
@@ -185,6 +166,7 @@ class BilevelSFTTrainer(BilevelStep):
 
         super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
+        self._warn_about_published_paths()
 
         self.validation_dataset = self._prepare_validation_dataset(validation_dataset)
         check_prepared_rows("train_dataset", len(train_dataset), len(self.train_dataset), args.max_length)
@@ -549,135 +531,6 @@ class BilevelSFTTrainer(BilevelStep):
             keep_ratio=keep_ratio,
             responses=None if self.refiner is None else self.response_store.table(),
         )
-
-    def push_curated_dataset(
-        self,
-        repo_id: str,
-        keep_ratio: float | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        license: str | None = None,
-        language: str | list[str] | None = None,
-        sensitive: bool = False,
-        collection: str | None = None,
-    ) -> CommitInfo | None:
-        """
-        Publish the curated dataset, with every row's score and a card, in one commit.
-
-        `load_dataset(repo_id)` then gives the rows kept, their own columns first. See
-        [`~trl_bilevel.hub.publish_curated_dataset`] for the configurations and the errors. All processes may
-        call it; the main one pushes.
-
-        Args:
-            repo_id (`str`): dataset repository, created if it does not exist.
-            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps all.
-            private (`bool`, *optional*): whether a new repository is private.
-            token (`str`, *optional*): to write with; `hub_token`, or the one logged in with, if `None`.
-            revision (`str`, *optional*): branch, created if it does not exist.
-            commit_message (`str`, *optional*): of the commit.
-            license (`str`, *optional*): of the dataset, where its source does not say.
-            language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes, where their source does not say.
-            sensitive (`bool`): show no rows in the card.
-            collection (`str`, *optional*): title of a collection for the dataset and, where it was pushed, the model.
-
-        Returns:
-            `huggingface_hub.CommitInfo`: the commit; `None` on other processes than the main one.
-        """
-        if not self.is_world_process_zero():
-            return None
-        output_dir = self.args.output_dir
-        retry_command = None
-        if self.args.save_training_rows:
-            retry_command = push_command(
-                output_dir,
-                repo_id,
-                keep_ratio=keep_ratio,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                license=license,
-                language=language,
-                sensitive=sensitive,
-            )
-        self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
-        commit = publish_curated_dataset(
-            self.curate(),
-            self._run_facts,
-            repo_id,
-            keep_ratio=keep_ratio,
-            private=private,
-            token=token or self.args.hub_token,
-            revision=revision,
-            commit_message=commit_message,
-            license=license,
-            language=language,
-            sensitive=sensitive,
-            retry_command=retry_command,
-        )
-        self._curated_repo_id = commit.repo_url.repo_id
-        if collection is not None:
-            repos = {self._curated_repo_id: "dataset"}
-            if self.hub_model_id is not None:
-                repos[self.hub_model_id] = "model"
-            add_to_collection(
-                collection, repos, self._curated_repo_id.split("/")[0], token or self.args.hub_token, private
-            )
-        return commit
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer: before training starts, or at the first push; says what is missing if it cannot be."""
-        with explained(self.args.hub_model_id or Path(self.args.output_dir).name):
-            super().init_hf_repo(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        As in Trainer: the model or adapter, its processing class and its card.
-
-        Raises:
-            [`~trl_bilevel.hub.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
-        """
-        output_dir = self.args.output_dir
-        repo_id = self.hub_model_id or self.args.hub_model_id or Path(output_dir).name
-        command = upload_command(output_dir, repo_id, self.args.hub_private_repo, self.args.hub_revision)
-        with explained(repo_id, command):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with self.args.published():
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        jobs = self.push_in_progress.jobs if getattr(self, "push_in_progress", None) is not None else []
-        for error in filter(None, (job.exception() for job in jobs)):
-            logger.warning(f"An upload of a checkpoint failed ({error.__class__.__name__}); the files are on disk.")
-
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        with self.args.published():
-            super()._save(*args, **kwargs)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """As TRL's, with the metadata by which PEFT and the Hub know an adapter, the datasets, and the results."""
-        if not self.is_world_process_zero():
-            return
-        own_tags = [tags] if isinstance(tags, str) else tags or []
-        names = [dataset_name, self._curated_repo_id, *source_ids(self._run_facts["training"])]
-        datasets = [name for name in dict.fromkeys(names) if name and is_hub_id(name)]
-        folder = Path(self.args.output_dir)
-        build_model_card(
-            self._run_facts,
-            self.state.log_history,
-            model_name=model_name or (self.hub_model_id or folder.name).split("/")[-1],
-            repo_id=self.hub_model_id or folder.name,
-            is_adapter=is_peft_model(self.model),
-            datasets=datasets,
-            tags={*own_tags, *self._tag_names},
-            citation=_PAPER_CITATION,
-        ).save(folder / "README.md")
 
     def _save_records(self, directory: str) -> None:
         """What `trl-bilevel curate` and `push` need, without the model."""

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,45 +101,68 @@ def publish_curated_dataset(
         ).repo_id
         if revision is not None:
             _retried(lambda: api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True))
-        info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
-        existing = {sibling.rfilename for sibling in info.siblings or []}
-        old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
-        languages = [language] if isinstance(language, str) else language
-        if old_card is not None:  # what is said now counts more than what was
-            for name, value in (("license", license), ("language", languages)):
-                if value is not None:
-                    old_card.data[name] = value
-        source = _describe_sources(api, facts["training"])
-        license = license or source["license"]
-        if license is None and (old_card is None or old_card.data.get("license") is None):
-            license = ask_license() if ask_license is not None else None
-            if not license:
-                logger.warning(
-                    f"{repo_id} is published without a license, so nobody else may use it. Pass `license=`, or write "
-                    "it into the card."
+        for attempt in range(_ATTEMPTS):
+            info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
+            existing = {sibling.rfilename for sibling in info.siblings or []}
+            old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
+            license, languages = _resolve_terms(api, repo_id, facts, license, language, old_card, ask_license)
+            with tempfile.TemporaryDirectory() as folder:
+                files = write_configs(scored, num_kept, Path(folder))
+                card = build_card(
+                    scored, num_kept, facts, repo_id, license, languages, sensitive, old_card, Path(folder)
                 )
-        languages = languages or source["language"]
-        with tempfile.TemporaryDirectory() as folder:
-            files = write_configs(scored, num_kept, Path(folder))
-            card = build_card(scored, num_kept, facts, repo_id, license, languages, sensitive, old_card, Path(folder))
-            (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
-            operations: list[Any] = [
-                CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
-            ]
-            ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
-            stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
-            operations += [CommitOperationDelete(name) for name in stale]
-            message = commit_message or f"Curated dataset: {num_kept:,} of {len(scored):,} rows"
-            return _retried(
-                lambda: api.create_commit(
-                    repo_id,
-                    operations,
-                    repo_type="dataset",
-                    commit_message=message,
-                    revision=revision,
-                    parent_commit=info.sha,
-                )
+                (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
+                operations: list[Any] = [
+                    CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
+                ]
+                ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
+                stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
+                operations += [CommitOperationDelete(name) for name in stale]
+                message = commit_message or f"Curated dataset: {num_kept:,} of {len(scored):,} rows"
+                try:
+                    return _retried(
+                        partial(
+                            api.create_commit,
+                            repo_id,
+                            operations,
+                            repo_type="dataset",
+                            commit_message=message,
+                            revision=revision,
+                            parent_commit=info.sha,
+                        )
+                    )
+                except HfHubHTTPError as error:
+                    # Somebody else's commit, or ours whose answer was lost: what is there now is read again
+                    if error.response.status_code != 412 or attempt == _ATTEMPTS - 1:
+                        raise
+    raise AssertionError("unreachable")
+
+
+def _resolve_terms(
+    api: HfApi,
+    repo_id: str,
+    facts: dict[str, Any],
+    license: str | None,
+    language: str | list[str] | None,
+    old_card: DatasetCard | None,
+    ask_license: Callable[[], str | None] | None,
+) -> tuple[str | None, list[str] | None]:
+    """License and languages: as said now, else as in the card that is there, else as in the sources' cards."""
+    languages = [language] if isinstance(language, str) else language
+    if old_card is not None:
+        for name, value in (("license", license), ("language", languages)):
+            if value is not None:
+                old_card.data[name] = value
+    source = _describe_sources(api, facts["training"])
+    license = license or source["license"]
+    if license is None and (old_card is None or old_card.data.get("license") is None):
+        license = ask_license() if ask_license is not None else None
+        if not license:
+            logger.warning(
+                f"{repo_id} is published without a license, so nobody else may use it. Pass `license=`, or write it "
+                "into the card."
             )
+    return license, languages or source["language"]
 
 
 def add_to_collection(
@@ -332,6 +356,15 @@ def explained(repo_id: str, retry_command: str | None = None) -> Iterator[None]:
         if reason is None:
             raise
         raise PublishError(f"{repo_id} was not published{reason}.{later}") from error
+    except ValueError as error:
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        # The client's error where the Hub does not accept a card
+        problems = "; ".join(line.removeprefix("- ") for line in str(error).splitlines()[1:])
+        raise PublishError(
+            f"{repo_id} was not published: its card is refused ({problems}). Pass another value, or mend the card on "
+            f"the Hub.{later}"
+        ) from error
 
 
 def _reason(error: BaseException, namespace: str) -> str | None:

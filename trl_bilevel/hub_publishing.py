@@ -1,0 +1,216 @@
+"""What a run publishes: its curated dataset, its model or adapter, and their cards."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from huggingface_hub import CommitInfo
+from trl import SFTTrainer
+
+from .bilevel_sft_config import BilevelSFTConfig
+from .hub import add_to_collection, explained, publish_curated_dataset
+from .model_card import build_model_card
+from .run_records import is_hub_id, push_command, source_ids, upload_command
+
+
+logger = get_logger(__name__)
+
+_PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
+_PAPER_CITATION = f"""\
+@article{{xiao2025bilevel,
+    title        = {{{{{_PAPER_TITLE}}}}},
+    author       = {{Quan Xiao and Yutong Xuan and Gaowen Liu and Ramana Rao Kompella and Tianyi Chen}},
+    year         = 2025,
+    eprint       = {{arXiv:2511.21056}},
+}}"""
+
+
+class HubPublishing(SFTTrainer):
+    """Pushes of [`~trl_bilevel.BilevelSFTTrainer`]. Whatever the Hub answers, the results are on disk."""
+
+    _tag_names = ["trl", "bilevel-sft"]
+    _name = "Bilevel SFT"
+    _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
+
+    args: BilevelSFTConfig
+    _run_facts: dict[str, Any]
+    _curated_repo_id: str | None  # once it was pushed
+
+    def curate(self, keep_ratio: float | None = None) -> Dataset:
+        raise NotImplementedError
+
+    def _save_records(self, directory: str) -> None:
+        raise NotImplementedError
+
+    def push_curated_dataset(
+        self,
+        repo_id: str,
+        keep_ratio: float | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        sensitive: bool = False,
+        collection: str | None = None,
+    ) -> CommitInfo | None:
+        """
+        Publish the curated dataset, with every row's score and a card, in one commit.
+
+        `load_dataset(repo_id)` then gives the rows kept, their own columns first. See
+        [`~trl_bilevel.hub.publish_curated_dataset`] for the configurations and the errors. All processes may
+        call it; the main one pushes.
+
+        Args:
+            repo_id (`str`): dataset repository, created if it does not exist.
+            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps all.
+            private (`bool`, *optional*): whether a new repository is private.
+            token (`str`, *optional*): to write with; `hub_token`, or the one logged in with, if `None`.
+            revision (`str`, *optional*): branch, created if it does not exist.
+            commit_message (`str`, *optional*): of the commit.
+            license (`str`, *optional*): of the dataset, where its source does not say.
+            language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes, where their source does not say.
+            sensitive (`bool`): show no rows in the card.
+            collection (`str`, *optional*): title of a collection for the dataset and, where it was pushed, the model.
+
+        Returns:
+            `huggingface_hub.CommitInfo`: the commit; `None` on other processes than the main one.
+        """
+        if not self.is_world_process_zero():
+            return None
+        output_dir = self.args.output_dir
+        retry_command = None
+        if self.args.save_training_rows:
+            retry_command = push_command(
+                output_dir,
+                repo_id,
+                keep_ratio=keep_ratio,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                license=license,
+                language=language,
+                sensitive=sensitive,
+            )
+        self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
+        commit = publish_curated_dataset(
+            self.curate(),
+            self._run_facts,
+            repo_id,
+            keep_ratio=keep_ratio,
+            private=private,
+            token=token or self.args.hub_token,
+            revision=revision,
+            commit_message=commit_message,
+            license=license,
+            language=language,
+            sensitive=sensitive,
+            retry_command=retry_command,
+        )
+        self._curated_repo_id = commit.repo_url.repo_id
+        if collection is not None:
+            repos = {self._curated_repo_id: "dataset"}
+            if self.hub_model_id is not None:
+                repos[self.hub_model_id] = "model"
+            add_to_collection(
+                collection, repos, self._curated_repo_id.split("/")[0], token or self.args.hub_token, private
+            )
+        return commit
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer: before training starts, or at the first push; says what is missing if it cannot be."""
+        with explained(self._repo_id):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in Trainer: the model or adapter, its processing class and its card.
+
+        Raises:
+            [`~trl_bilevel.hub.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
+        """
+        with explained(self._repo_id, self._upload_command()):
+            return super().push_to_hub(*args, **kwargs)
+
+    @property
+    def _repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
+
+    def _upload_command(self) -> str:
+        return upload_command(self.args.output_dir, self._repo_id, self.args.hub_private_repo, self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self.args.published():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        jobs = self.push_in_progress.jobs if getattr(self, "push_in_progress", None) is not None else []
+        for error in filter(None, (job.exception() for job in jobs)):
+            logger.warning(
+                f"An upload of a checkpoint failed ({error.__class__.__name__}); the files are on disk. To publish "
+                f"them later: `{self._upload_command()}`."
+            )
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with self.args.published(), self._published_base():
+            super()._save(*args, **kwargs)
+
+    @contextmanager
+    def _published_base(self) -> Iterator[None]:
+        """Have PEFT name a base model on disk by its folder only where the adapter's folder is pushed."""
+        if not (self.args.push_to_hub and is_peft_model(self.model)):
+            yield
+            return
+        base = self.model.get_base_model()
+        with ExitStack() as put_back:
+            # What is written into the adapter's configuration, and two that are written into PEFT's card
+            for owner, name in (
+                (self.model.active_peft_config, "base_model_name_or_path"),
+                (base.config, "_name_or_path"),
+                (base, "name_or_path"),
+            ):
+                path = getattr(owner, name, None)
+                if path is not None and os.path.isabs(path):
+                    setattr(owner, name, Path(path).name)
+                    put_back.callback(setattr, owner, name, path)
+            yield
+
+    def _warn_about_published_paths(self) -> None:
+        """Files that Trainer and its reporters write, and push, and that name the folder they are in."""
+        args = self.args
+        checkpoints = args.hub_strategy in ("checkpoint", "all_checkpoints") and args.metric_for_best_model is not None
+        reports = "tensorboard" in args.report_to
+        if args.push_to_hub and os.path.isabs(args.output_dir) and (checkpoints or reports):
+            logger.warning(
+                f"`output_dir={args.output_dir!r}` will be read in the files that are pushed: "
+                f"{'the trainer state of checkpoints' if checkpoints else 'the reports in `runs`'}. Pass a relative "
+                "path to publish nothing about this machine."
+            )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, with the metadata by which PEFT and the Hub know an adapter, the datasets, and the results."""
+        if not self.is_world_process_zero():
+            return
+        own_tags = [tags] if isinstance(tags, str) else tags or []
+        names = [dataset_name, self._curated_repo_id, *source_ids(self._run_facts["training"])]
+        datasets = [name for name in dict.fromkeys(names) if name and is_hub_id(name)]
+        folder = Path(self.args.output_dir)
+        build_model_card(
+            self._run_facts,
+            self.state.log_history,
+            model_name=model_name or (self.hub_model_id or folder.name).split("/")[-1],
+            repo_id=self.hub_model_id or folder.name,
+            is_adapter=is_peft_model(self.model),
+            datasets=datasets,
+            tags={*own_tags, *self._tag_names},
+            citation=_PAPER_CITATION,
+        ).save(folder / "README.md")
