@@ -101,6 +101,42 @@ def test_statistics_of_uniform_and_of_two_level_weights():
     assert (halves.weight_min, halves.weight_max) == pytest.approx((0, 2))
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("with_sources", [False, True])
+def test_running_statistics_stay_exact(activation, with_sources):
+    """Over many updates, large and small, that also drain a weight that had nearly all the mass."""
+    num_rows = 500
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.arange(num_rows) % 50 if with_sources else None
+    selector = DataSelector(num_rows, activation=activation, learning_rate=20.0, sources=sources)
+    selector.statistics()
+    for step in range(400):
+        rows = torch.randperm(num_rows, generator=generator)[:8]
+        losses = torch.randn(8, generator=generator) * 10.0 ** (step % 3 - 1)
+        selector.update(rows, losses + 30 * (step == 200) * (torch.arange(8) - 4))
+        found = selector.statistics()
+        logits = selector.logits.double()
+        share = logits.softmax(0) if activation == "softmax" else logits.sigmoid() / logits.sigmoid().sum()
+        assert found.entropy == pytest.approx(torch.special.entr(share).sum().item(), rel=1e-6, abs=1e-9)
+        assert found.effective_sample_ratio == pytest.approx(1 / (num_rows * share.square().sum().item()), rel=1e-6)
+        assert found.weight_min == pytest.approx(num_rows * share.min().item(), rel=1e-6)
+        assert found.weight_max == pytest.approx(num_rows * share.max().item(), rel=1e-6)
+
+
+def test_statistics_of_an_older_checkpoint_are_summed_anew(tmp_path):
+    selector = _trained("mirror_descent", 7)
+    selector.save(tmp_path, "rows")  # without moments: nobody has asked for statistics
+    restored = DataSelector(12, learning_rate=0.4)
+    restored.statistics()
+    restored.load(tmp_path, "rows")
+    assert restored.statistics() == selector.statistics()
+    selector.save(tmp_path, "rows")
+    _continue(selector, range(7, 15))
+    restored.load(tmp_path, "rows")
+    _continue(restored, range(7, 15))
+    assert restored.statistics() == selector.statistics()  # bit for bit
+
+
 def test_statistics_of_a_published_selector():
     path = SHARED_DATA / "seal_selector_llama3.pt"
     if not path.is_file():

@@ -48,19 +48,24 @@ REFINE = {
             "filter_ratio": 0.0,
         },
         REFINE,
+        # Sequences of several rows, not as many in one process as in the other
+        {"value_function": "adapter", "packing": True, "max_length": 80},
+        {"selection_method": "bmo", "packing": True, "max_length": 80},
+        {**REFINE, "padding_free": True, "max_length": None},
     ],
 )
 def test_two_processes_equal_one(tmp_path, options):
-    """Invariant 2: 1 x 8 rows = 2 processes x 4."""
-    (one,) = _train(tmp_path / "one", options, 1, 8)
-    first, second = _train(tmp_path / "two", options, 2, 4)
+    """Invariant 2: 1 x 8 rows, or 2 packed sequences = 2 processes x 4, or 1."""
+    batch_size = 2 if options.get("packing") else 8
+    (one,) = _train(tmp_path / "one", options, 1, batch_size)
+    first, second = _train(tmp_path / "two", options, 2, batch_size // 2)
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)
     for name in ("loss", "validation_loss", "training_loss", "num_tokens", "selector/filtered_ratio"):
         values = [[entry[name] for entry in run["logs"] if name in entry] for run in (one, first)]
         assert values[1] == pytest.approx(values[0], abs=1e-5), name
-    if options is REFINE:
+    if "refine_ratio" in options:
         for responses in (first["responses"], second["responses"]):
             assert len(responses) == len(one["responses"]) >= 2 * 18
             for response, expected in zip(responses, one["responses"], strict=True):

@@ -83,6 +83,8 @@ class DataSelector:
     ```
     """
 
+    _moments: tuple[float, float, float] | None  # see `_fresh_moments`
+
     def __init__(
         self,
         num_rows: int,
@@ -260,21 +262,17 @@ class DataSelector:
         self._restarted[row_indices] = True
 
     def statistics(self) -> SelectorStatistics:
-        """Entropy, effective sample ratio and extremes of the weights; walks all N rows once."""
-        entropy, sum_of_squares, smallest, largest = 0.0, 0.0, math.inf, 0.0
-        for units in _slices(len(self._unit_logits)):
-            share = (
-                self._mass(self._unit_logits[units]) / self._total
-            )  # of one row of the unit; over rows it sums to 1
-            num_rows = torch.ones_like(share) if self._unit_sizes is None else self._unit_sizes[units]
-            entropy += torch.dot(num_rows, torch.special.entr(share)).item()
-            sum_of_squares += torch.dot(num_rows, share.square()).item()
-            smallest, largest = min(smallest, share.min().item()), max(largest, share.max().item())
+        """Entropy, effective sample ratio and extremes of the weights; all but the extremes from running sums."""
+        if self._moments is None:
+            self._moments = self._fresh_moments()
+        sum_of_squares, sum_of_logs, _ = self._moments
+        smallest, largest = self._mass(torch.stack(self._unit_logits.aminmax())).tolist()
         return SelectorStatistics(
-            entropy=entropy,
-            effective_sample_ratio=1 / (self.num_rows * sum_of_squares),
-            weight_min=self.num_rows * smallest,
-            weight_max=self.num_rows * largest,
+            # of shares m / M: - sum (m / M) log(m / M) = log M - (sum m log m) / M
+            entropy=math.log(self._total) - sum_of_logs / self._total,
+            effective_sample_ratio=self._total**2 / (self.num_rows * sum_of_squares),
+            weight_min=self.num_rows * smallest / self._total,
+            weight_max=self.num_rows * largest / self._total,
         )
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
@@ -294,6 +292,8 @@ class DataSelector:
             "restarted": self._restarted,
             "normalizer": torch.tensor([self._shift, self._total, self._refreshed_total], dtype=torch.float64),
         }
+        if self._moments is not None:
+            tensors["moments"] = torch.tensor(self._moments, dtype=torch.float64)
         if self._adam is not None:
             tensors |= {f"adam.{name}": value for name, value in self._adam.state[self._unit_logits].items()}
         return write_selector_state(directory, tensors, self._identity(fingerprint))
@@ -311,6 +311,7 @@ class DataSelector:
         self._scored.copy_(tensors["scored"])
         self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))
         self._shift, self._total, self._refreshed_total = tensors["normalizer"].tolist()
+        self._moments = tuple(tensors["moments"].tolist()) if "moments" in tensors else None
         if self._adam is not None:
             self._adam.state[self._unit_logits] = {
                 name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")
@@ -436,26 +437,43 @@ class DataSelector:
         return (mass * (self.num_rows / self._total)).float()
 
     def _set_logits(self, units: torch.Tensor, logits: torch.Tensor) -> None:
-        before = self._rows_mass(units)
+        total, *moments = self._sums(units, with_moments=self._moments is not None)
         self._unit_logits[units] = logits
         if logits.max().item() - self._shift > _LARGEST_EXPONENT:
             self._refresh_normalizer()
             return
-        self._total += self._rows_mass(units) - before
+        new_total, *new_moments = self._sums(units, with_moments=self._moments is not None)
+        self._total += new_total - total
         # Subtracting most of a sum leaves mainly its rounding error
         if self._total < _SMALLEST_TOTAL_RATIO * self._refreshed_total:
             self._refresh_normalizer()
         self._refreshed_total = max(self._refreshed_total, self._total)
+        if self._moments is not None:
+            squares = self._moments[0] + new_moments[0] - moments[0]
+            logs = self._moments[1] + new_moments[1] - moments[1]
+            is_exact = squares > _SMALLEST_TOTAL_RATIO * self._moments[2]
+            self._moments = (squares, logs, max(squares, self._moments[2])) if is_exact else None
 
-    def _rows_mass(self, units: torch.Tensor | slice) -> float:
-        """Mass of all rows of some units together."""
-        mass = self._mass(self._unit_logits[units])
-        return (mass if self._unit_sizes is None else mass * self._unit_sizes[units]).sum().item()
+    def _sums(self, units: torch.Tensor | slice, with_moments: bool) -> list[float]:
+        """Sums over all rows of some units: of their mass m, and with moments of m^2 and of m log m."""
+        log_mass = self._log_mass(self._unit_logits[units])
+        mass = log_mass.exp()
+        terms = [mass, mass.square(), mass * log_mass] if with_moments else [mass]
+        if self._unit_sizes is None:
+            return [term.sum().item() for term in terms]
+        return [torch.dot(self._unit_sizes[units], term).item() for term in terms]
 
     def _refresh_normalizer(self) -> None:
         self._shift = self._unit_logits.max().item() if self.activation == "softmax" else 0.0
-        self._total = sum(self._rows_mass(units) for units in _slices(len(self._unit_logits)))
+        self._total = sum(self._sums(units, with_moments=False)[0] for units in _slices(len(self._unit_logits)))
         self._refreshed_total = self._total
+        self._moments = None  # until somebody asks for statistics
+
+    def _fresh_moments(self) -> tuple[float, float, float]:
+        """Sums over all rows of m^2 and of m log m, and the largest that the first has been."""
+        parts = [self._sums(units, with_moments=True)[1:] for units in _slices(len(self._unit_logits))]
+        squares, logs = (sum(column) for column in zip(*parts, strict=True))
+        return squares, logs, squares
 
 
 def _slices(length: int, size: int = 100_000) -> Iterator[slice]:
