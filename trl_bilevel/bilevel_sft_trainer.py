@@ -3,11 +3,13 @@
 import math
 import os
 import secrets
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -161,6 +163,11 @@ class BilevelSFTTrainer(HubPublishing, BilevelStep):
         if reward_funcs is not None and args.refine_ratio == 0:
             raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
         reward_funcs = check_reward_funcs(reward_funcs)
+        if args.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "`activation_offloading=True` needs an accelerator to offload from, and there is none here. Leave it "
+                "out."
+            )
         num_validation = len(validation_dataset)
         trusted_rows = validation_dataset  # as the user passed them
 
@@ -273,6 +280,12 @@ class BilevelSFTTrainer(HubPublishing, BilevelStep):
             raise ValueError(
                 "`compute_loss_func` is not supported: it would replace the bilevel objective. Remove it, or override "
                 "`compute_loss`."
+            )
+        checkpointing = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs or {}
+        if self.args.activation_checkpointing and checkpointing.get("selective") and is_peft_model(self.model):
+            raise ValueError(
+                "Selective activation checkpointing does not work with a PEFT adapter, whose layers PyTorch's own "
+                "checkpointing runs. Leave out `selective`, or train without `peft_config`."
             )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
@@ -606,8 +619,22 @@ class BilevelSFTTrainer(HubPublishing, BilevelStep):
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._dtypes_kept():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _dtypes_kept(self) -> Iterator[None]:
+        """PEFT loads adapters in fp32: a resumed run would take more memory, and go on otherwise than unbroken."""
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+        yield
+        for name, value in self.model.named_parameters():
+            if name in dtypes and value.dtype != dtypes[name]:
+                value.data = value.data.to(dtypes[name])
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with self._dtypes_kept():
+            super()._load_best_model()
         for part in (self.value_function, self.amortized_selector):
             if part is not None:
                 part.load(self.state.best_model_checkpoint)

@@ -291,7 +291,8 @@ class BilevelStep(SFTTrainer):
         """After the backward pass: the value function's step, then the selector's level."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.value_function is not None:
-            self._fit_value_function(self.value_function, inputs)
+            with self.maybe_activation_offload_context:
+                self._fit_value_function(self.value_function, inputs)
         if self.accelerator.sync_gradients:
             self._update_selector()
         return loss
