@@ -1,16 +1,19 @@
 """
 What a bilevel step costs: step time and peak memory of `BilevelSFTTrainer`'s methods against `SFTTrainer`.
 
-All train the same LoRA on the same rows in every step: `SFTTrainer` gets each step's training and validation rows as
-one plain batch. Runs alternate in "pairs" of one run per method, the first steps of each are left out, and the table
-shows medians of the pairs' ratios with their range. Peak memory is taken in processes of their own; on a CPU, above
-what they held before training.
+All train the same adapter on the same rows: `SFTTrainer` gets the training and validation rows of each step as
+one plain batch. "Two forwards" is a loop that does the step as the public codes of SEAL and BIPOST do: a forward pass
+for either kind of rows, full logits, dense Adam on the weights of all rows. Runs alternate in "pairs" of one run per
+method, the first steps of each are left out, and the tables show medians of the pairs' ratios with their range. Times
+are per token, as packed batches do not hold equally many. Peak memory is taken in processes of their own; on a CPU,
+above what they held before training.
 
 ```bash
 python benchmarks/step_cost.py
 ```
 
-Runs on a GPU unchanged if there is one.
+Runs on a GPU unchanged if there is one; there `--shape 8b` measures a Llama of 8B parameters with random weights,
+quantized on the device, at sequence lengths of 512 to 4,096, and how often a step waits for the device.
 """
 
 import gc
@@ -21,32 +24,58 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
+import matplotlib
+import numpy as np
+import pyarrow as pa
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
+from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.trainer.utils import pad
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo.planted_faults import build_tokenizer
 from trl_bilevel.paired_batches import ValidationStream
 
 
-# Options of the bilevel trainer; plain SFT first, which the others are compared with
-METHODS: dict[str, dict[str, Any] | None] = {
-    "SFTTrainer": None,
+matplotlib.use("Agg")
+
+PLAIN = "SFTTrainer"
+TWO_FORWARDS = "two forwards"
+# Options of the bilevel trainer
+METHODS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
     "BDS": {"value_function": "none"},
     "BMO": {"selection_method": "bmo"},
     "BDS, value function": {"value_function": "adapter"},
+    TWO_FORWARDS: {},
 }
+SETTINGS = ("LoRA", "LoRA, packed", "QLoRA", "QLoRA, packed")
+SHAPES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "vocab_size": 2000},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
 
 
 @dataclass
@@ -55,25 +84,32 @@ class BenchmarkArguments:
     Options of the benchmark.
 
     Args:
-        num_pairs (`int`): how often both methods run, in alternation.
+        shape (`str`): of the Llama, `"tiny"` or `"8b"`.
+        settings (`list[str]`): which adapters and batches, of "LoRA", "LoRA, packed", "QLoRA" and "QLoRA, packed".
+        num_pairs (`int`): how often the methods run, in alternation.
         num_steps (`int`): timed optimizer steps of a run.
         num_warmup_steps (`int`): steps before them.
         num_memory_runs (`int`): processes per method that peak memory is taken from.
-        batch_size (`int`): training rows per step; as many validation rows join them.
-        sequence_length (`int`): longest row, tokens; rows are between half of it and all of it.
-        hidden_size (`int`): width of the four-layer Llama.
-        vocab_size (`int`): its vocabulary.
+        batch_size (`int`): training sequences per step; as many of validation rows join them.
+        sequence_length (`int`): longest row, tokens; rows are between half of it and all of it, packed rows between a
+            sixteenth and a quarter.
+        num_rows (`list[int]`): training rows for the figure of the cost as their number grows; none to leave it out.
+        lengths (`list[int]`): sequence lengths for the figure of the memory; none to leave it out.
+        figure (`str`, *optional*): PNG file for both figures.
         only (`str`, *optional*): internal; run one method once and print its peak memory.
     """
 
-    num_pairs: int = 9
+    shape: str = "tiny"
+    settings: list[str] = field(default_factory=lambda: list(SETTINGS))
+    num_pairs: int = 7
     num_steps: int = 15
     num_warmup_steps: int = 3
-    num_memory_runs: int = 7
+    num_memory_runs: int = 3
     batch_size: int = 8
     sequence_length: int = 96
-    hidden_size: int = 128
-    vocab_size: int = 2000
+    num_rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000])
+    lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    figure: str | None = None
     only: str | None = None
 
 
@@ -99,73 +135,189 @@ class StepClock(TrainerCallback):
         return time.perf_counter()
 
 
-def random_rows(num_rows: int, args: BenchmarkArguments, seed: int) -> Dataset:
+def random_rows(num_rows: int, longest: int, shortest: int, vocab_size: int, seed: int) -> Dataset:
     """Tokenized rows of random tokens and lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    shortest = args.sequence_length // 2
-    lengths = torch.randint(shortest, args.sequence_length + 1, (num_rows,), generator=generator).tolist()
-    tokens = [torch.randint(3, args.vocab_size, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], rng.integers(shortest, longest + 1, num_rows).cumsum()]).astype(np.int32)
+    tokens = pa.ListArray.from_arrays(offsets, rng.integers(3, vocab_size, offsets[-1], dtype=np.int32))
+    return Dataset(pa.table({"input_ids": tokens, "labels": tokens}))
 
 
-def run(method: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFast) -> tuple[list[float], float]:
-    """Seconds of each timed step, and the peak memory of the training in MiB."""
-    num_steps = args.num_warmup_steps + args.num_steps
-    training = random_rows(num_steps * args.batch_size, args, seed=1)
-    validation = random_rows(2 * args.batch_size, args, seed=2)
+def build_model(shape: str, is_quantized: bool) -> LlamaForCausalLM:
+    """A Llama with random weights, its linear layers quantized one after the other on the device that trains."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=2 * args.hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as output_dir:
-        options: dict[str, Any] = {
-            "output_dir": output_dir,
-            "max_steps": num_steps,
-            "train_sampling_strategy": "sequential",
-            "bf16": torch.cuda.is_available(),
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 10,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        arguments: dict[str, Any] = {
-            "model": LlamaForCausalLM(config),
-            "processing_class": tokenizer,
-            "peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-            "callbacks": [clock],
-        }
-        bilevel_options = METHODS[method]
-        if bilevel_options is None:
-            stream = ValidationStream(len(validation), seed=42)
-            rows: list[dict[str, Any]] = []
-            for step in range(num_steps):
-                rows += training.select(range(step * args.batch_size, (step + 1) * args.batch_size)).to_list()
-                rows += [validation[row] for row in stream.rows(step * args.batch_size, (step + 1) * args.batch_size)]
-            trainer = SFTTrainer(
-                args=SFTConfig(per_device_train_batch_size=2 * args.batch_size, **options),
-                train_dataset=Dataset.from_list(rows),
-                **arguments,
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LlamaConfig(**SHAPES[shape])
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if not is_quantized:
+        return LlamaForCausalLM(config).to(device, dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            quantized = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
+            values = 0.02 * torch.randn(layer.out_features, layer.in_features, dtype=dtype, device=device)
+            weight = bitsandbytes.nn.Params4bit(values.cpu(), requires_grad=False, quant_type="nf4", module=quantized)
+            quantized.weight = weight.to(device)
+            model.set_submodule(name, quantized)
         else:
-            trainer = BilevelSFTTrainer(
-                args=BilevelSFTConfig(per_device_train_batch_size=args.batch_size, **options, **bilevel_options),
-                train_dataset=training,
-                validation_dataset=validation,
-                **arguments,
-            )
-        trainer.remove_callback(PrinterCallback)
-        gc.collect()
+            for name_of_part, value in list(layer.named_parameters(recurse=False)):
+                values = torch.ones(value.shape) if value.dim() == 1 else 0.02 * torch.randn(value.shape)
+                setattr(layer, name_of_part, torch.nn.Parameter(values.to(device, dtype)))
+    # Buffers: the frequencies of the rotary embedding
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    # What Trainer and PEFT ask a quantized model for
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model.hf_quantizer = AutoHfQuantizer.from_config(model.config.quantization_config, pre_quantized=True)
+    model.is_loaded_in_4bit = model.is_quantized = True
+    return model
+
+
+def run(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Median seconds per thousand tokens, those of a step, peak memory in MiB, and on a GPU how often a step waits."""
+    num_steps = args.num_warmup_steps + args.num_steps
+    is_packed = setting.endswith("packed")
+    longest, shortest = args.sequence_length, args.sequence_length // 2
+    num_rows = num_steps * args.batch_size
+    num_validation = 2 * args.batch_size
+    if is_packed:
+        longest, shortest = args.sequence_length // 4, args.sequence_length // 16
+        num_rows, num_validation = 8 * num_rows, 8 * num_validation
+    num_rows = max(num_rows, args.num_rows[0] if len(args.num_rows) == 1 else 0)
+    vocab_size = SHAPES[args.shape]["vocab_size"]
+    training = random_rows(num_rows, longest, shortest, vocab_size, seed=1)
+    validation = random_rows(num_validation, longest, shortest, vocab_size, seed=2)
+    model = build_model(args.shape, is_quantized=setting.startswith("QLoRA"))
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = StepClock()
+    if method == TWO_FORWARDS:
+        model = get_peft_model(model, lora)
         held = _start_peak_memory()
-        trainer.train()
-        peak = _peak_memory()
-    return clock.seconds[args.num_warmup_steps :], (peak - held) / 2**20
+        tokens_per_step = train_by_two_forwards(model, training, validation, args, clock)
+        waits = None
+    else:
+        with tempfile.TemporaryDirectory() as output_dir:
+            trainer = _make_trainer(method, is_packed, model, lora, clock, training, validation, args, output_dir)
+            trainer.processing_class = tokenizer
+            gc.collect()
+            held = _start_peak_memory()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train()
+            waits = sum("synchronizing CUDA" in str(warning.message) for warning in caught) / num_steps
+            logs = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+            tokens_per_step = logs[-1] / num_steps
+    seconds = statistics.median(clock.seconds[args.num_warmup_steps :])
+    return {
+        "step": seconds,
+        "per_token": seconds / tokens_per_step,
+        "peak_mib": (_peak_memory() - held) / 2**20,
+        "waits": waits if torch.cuda.is_available() else None,
+    }
+
+
+def _make_trainer(
+    method: str,
+    is_packed: bool,
+    model: LlamaForCausalLM,
+    lora: LoraConfig,
+    clock: StepClock,
+    training: Dataset,
+    validation: Dataset,
+    args: BenchmarkArguments,
+    output_dir: str,
+) -> SFTTrainer:
+    num_steps = args.num_warmup_steps + args.num_steps
+    options: dict[str, Any] = {
+        "output_dir": output_dir,
+        "max_steps": num_steps,
+        "max_length": args.sequence_length,
+        "packing": is_packed,
+        "train_sampling_strategy": "sequential",
+        "bf16": torch.cuda.is_available(),
+        "activation_checkpointing": args.shape != "tiny",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": num_steps,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    arguments: dict[str, Any] = {"model": model, "processing_class": build_tokenizer(), "peft_config": lora}
+    arguments["callbacks"] = [clock]
+    if method == PLAIN:
+        size = args.batch_size
+        if is_packed:
+            rows = Dataset.from_list([*training.to_list(), *validation.to_list()])
+        elif len(training) > num_steps * size:  # only their number is of interest
+            rows = training
+        else:
+            stream = ValidationStream(len(validation), seed=42)
+            mixed: list[dict[str, Any]] = []
+            for step in range(num_steps):
+                mixed += training.select(range(step * size, (step + 1) * size)).to_list()
+                mixed += [validation[row] for row in stream.rows(step * size, (step + 1) * size)]
+            rows = Dataset.from_list(mixed)
+        config = SFTConfig(per_device_train_batch_size=2 * size, **options)
+        trainer = SFTTrainer(args=config, train_dataset=rows, **arguments)
+    else:
+        trainer = BilevelSFTTrainer(
+            args=BilevelSFTConfig(
+                per_device_train_batch_size=args.batch_size,
+                per_device_validation_batch_size=args.batch_size,
+                **options,
+                **METHODS[method],
+            ),
+            train_dataset=training,
+            validation_dataset=validation,
+            **arguments,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_by_two_forwards(
+    model: torch.nn.Module, training: Dataset, validation: Dataset, args: BenchmarkArguments, clock: StepClock
+) -> float:
+    """The step of the public codes; returns the tokens of a step."""
+    device = next(model.parameters()).device
+    selector = torch.nn.Parameter(torch.zeros(len(training), device=device))
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizers = [torch.optim.AdamW(trained, lr=2e-5), torch.optim.Adam([selector], lr=5e-3)]
+    stream = ValidationStream(len(validation), seed=42)
+    num_tokens = 0
+
+    def row_losses(rows: list[dict[str, Any]]) -> torch.Tensor:
+        nonlocal num_tokens
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        num_tokens += sum(map(len, ids))
+        batch = pad(ids, 0).to(device)
+        mask = pad([torch.ones_like(row) for row in ids], 0).to(device)
+        logits = model(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        return (losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)  # (B,)
+
+    model.train()
+    if args.shape != "tiny":
+        model.enable_input_require_grads()
+        model.get_base_model().activation_checkpointing_enable()
+    clock.on_train_begin(None, None, None)
+    num_steps = args.num_warmup_steps + args.num_steps
+    for step in range(num_steps):
+        rows = range(step * args.batch_size, (step + 1) * args.batch_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            weights = len(training) * selector.softmax(0)[rows.start : rows.stop]
+            loss = 0.1 * (weights * row_losses([training[row] for row in rows])).mean()
+            trusted = stream.rows(rows.start, rows.stop)
+            loss = loss + 0.9 * row_losses([validation[row] for row in trusted]).mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.on_step_end(None, None, None)
+    return num_tokens / num_steps
 
 
 def _start_peak_memory() -> int:
@@ -189,51 +341,119 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no field {field}.")
 
 
-def peak_memory_in_own_process(method: str, args: BenchmarkArguments) -> float:
-    """Peak memory of one run in MiB."""
-    options = [f"--{name}={value}" for name, value in vars(args).items() if name != "only"]
-    command = [sys.executable, __file__, *options, f"--only={method}"]
+def in_own_process(method: str, setting: str, args: BenchmarkArguments, **changes: Any) -> dict[str, Any]:
+    """One run in a process of its own."""
+    values = {**vars(args), **changes, "only": f"{setting}/{method}"}
+    command = [sys.executable, __file__]
+    for name, value in values.items():
+        if isinstance(value, list):
+            command += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            command += [f"--{name}={value}"]
     # One arena, and large blocks returned at once: resident memory is then closer to what is in use
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return float(json.loads(output.splitlines()[-1])["peak_mib"])
+    output = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if output.returncode != 0:
+        raise RuntimeError(f"{command} failed:\n{output.stderr[-3000:]}")
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def methods_of(setting: str) -> list[str]:
+    """The public codes do not pack."""
+    return [method for method in METHODS if method != TWO_FORWARDS or not setting.endswith("packed")]
+
+
+def measure_settings(args: BenchmarkArguments, console: Console, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Print the table of step times and peak memory."""
+    table = Table()
+    for column in ("setting", "measure", "method", "median", f"ratio to {PLAIN}", "range of the ratios"):
+        table.add_column(column, justify="left" if column in ("setting", "measure", "method") else "right")
+    for setting in args.settings:
+        methods = methods_of(setting)
+        times: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for pair in track(range(args.num_pairs), description=f"{setting}: time", console=console):
+            for method in methods[:: 1 if pair % 2 == 0 else -1]:
+                times[method].append(run(method, setting, args, tokenizer))
+        peaks: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+        for _ in track(range(args.num_memory_runs), description=f"{setting}: memory", console=console):
+            for method in methods:
+                peaks[method].append(in_own_process(method, setting, args))
+        for name, runs, key, scale in (
+            ("ms per 1,000 tokens", times, "per_token", 1e6),
+            ("peak memory, MiB", peaks, "peak_mib", 1),
+        ):
+            for method in methods:
+                values = [result[key] for result in runs[method]]
+                ratios = [value / plain[key] for value, plain in zip(values, runs[PLAIN], strict=True)]
+                waits = runs[method][0]["waits"]
+                table.add_row(
+                    setting,
+                    name,
+                    method if waits is None else f"{method} ({waits:.1f} waits per step)",
+                    f"{scale * statistics.median(values):.1f}",
+                    f"{statistics.median(ratios):.3f}",
+                    f"{min(ratios):.3f} to {max(ratios):.3f}",
+                )
+        table.add_section()
+    console.print(table)
+
+
+def measure_growth(args: BenchmarkArguments, console: Console) -> None:
+    """Print and draw the cost as the number of rows grows, and the memory as sequences get longer."""
+    from matplotlib.figure import Figure
+
+    methods = {
+        "rows": [PLAIN, "BDS", "BDS, value function", TWO_FORWARDS],
+        "tokens": [PLAIN, "BDS", "BDS, value function", TWO_FORWARDS],
+    }
+    setting = args.settings[0]
+    series: dict[str, dict[str, list[float]]] = {axis: {name: [] for name in methods[axis]} for axis in methods}
+    for size in track(args.num_rows, description="Number of rows", console=console):
+        for method in methods["rows"]:
+            changes = {"num_rows": [size], "sequence_length": 16}
+            series["rows"][method].append(1000 * in_own_process(method, setting, args, **changes)["step"])
+    for length in track(args.lengths, description="Sequence length", console=console):
+        for method in methods["tokens"]:
+            result = in_own_process(method, setting, args, sequence_length=length)
+            series["tokens"][method].append(result["peak_mib"])
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, (name, sizes, unit) in zip(
+        axes, (("rows", args.num_rows, "ms per step"), ("tokens", args.lengths, "peak memory, MiB")), strict=True
+    ):
+        table = Table(title=f"{setting}: {unit}")
+        for column in (name, *map(str, sizes)):
+            table.add_column(column, justify="right")
+        for method, values in series[name].items():
+            table.add_row(method, *(f"{value:.1f}" for value in values))
+            axis.plot(sizes, values, marker="o", label=method)
+        console.print(table)
+        axis.set_xscale("log", base=10 if name == "rows" else 2)
+        axis.set(xlabel={"rows": "training rows", "tokens": "longest row, tokens"}[name], ylabel=unit, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    if args.figure is not None:
+        Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.figure, dpi=110)
 
 
 def main(args: BenchmarkArguments) -> None:
-    """Run the pairs and print the table."""
+    """Print the tables and draw the figures."""
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     tokenizer = build_tokenizer()
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("warn")
     if args.only is not None:
-        print(json.dumps({"peak_mib": run(args.only, args, tokenizer)[1]}))
+        setting, method = args.only.split("/")
+        print(json.dumps(run(method, setting, args, tokenizer)))
         return
     console = Console(width=120)
-    medians: dict[str, list[float]] = {method: [] for method in METHODS}
-    peaks: dict[str, list[float]] = {method: [] for method in METHODS}
-    for pair in track(range(args.num_pairs), description="Step time", console=console):
-        for method in list(METHODS)[:: 1 if pair % 2 == 0 else -1]:
-            medians[method].append(statistics.median(run(method, args, tokenizer)[0]))
-    for _ in track(range(args.num_memory_runs), description="Memory", console=console):
-        for method in METHODS:
-            peaks[method].append(peak_memory_in_own_process(method, args))
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{device}; {args}")
-    table = Table()
-    for column in ("measure", "method", "median", "ratio to SFTTrainer", "range of the pairs' ratios"):
-        table.add_column(column, justify="left" if column in ("measure", "method") else "right")
-    for name, values in (("step time, ms", medians), ("peak memory, MiB", peaks)):
-        scale = 1000 if values is medians else 1
-        for method in METHODS:
-            ratios = [value / sft for sft, value in zip(values["SFTTrainer"], values[method], strict=True)]
-            table.add_row(
-                name,
-                method,
-                f"{statistics.median(values[method]) * scale:.1f}",
-                f"{statistics.median(ratios):.3f}",
-                f"{min(ratios):.3f} to {max(ratios):.3f} ({len(ratios)} pairs)",
-            )
-    console.print(table)
+    measure_settings(args, console, tokenizer)
+    if args.num_rows or args.lengths:
+        measure_growth(args, console)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -19,43 +20,83 @@ def _load(name):
     return module
 
 
-def test_step_cost(capsys):
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 99}  # fmt: skip
+
+
+@pytest.fixture
+def step_cost(monkeypatch):
     benchmark = _load("step_cost")
-    benchmark.main(
-        benchmark.BenchmarkArguments(
-            num_pairs=1,
-            num_steps=2,
-            num_warmup_steps=1,
-            num_memory_runs=1,
-            batch_size=2,
-            hidden_size=32,
-            vocab_size=99,
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    return benchmark
+
+
+def _arguments(benchmark, **options):
+    sizes = {"num_steps": 2, "num_warmup_steps": 1, "batch_size": 2, "sequence_length": 64}
+    return benchmark.BenchmarkArguments(**{**sizes, "num_rows": [], "lengths": [], **options})
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about settings that do not matter here
+def test_step_cost(step_cost, capsys, tmp_path):
+    figure = tmp_path / "cost.png"
+    step_cost.main(
+        _arguments(
+            step_cost, num_pairs=1, num_memory_runs=1, settings=["QLoRA", "LoRA, packed"], num_rows=[20, 40],
+            lengths=[32, 64], figure=str(figure),
         )
-    )
+    )  # fmt: skip
     output = capsys.readouterr().out
-    assert "step time, ms" in output
+    assert output.count("two forwards") == 2 + 2  # packed rows are not for it
+    assert output.count("BDS, value function") == 4 + 2
     assert "peak memory, MiB" in output
-    assert output.count("BDS, value function") == 2
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_step_cost_trains_both_methods_on_the_same_rows(monkeypatch):
-    benchmark = _load("step_cost")
-    args = benchmark.BenchmarkArguments(num_steps=2, num_warmup_steps=1, batch_size=2, hidden_size=32, vocab_size=99)
+@pytest.mark.filterwarnings("ignore")
+def test_step_cost_quantizes_as_transformers_does(step_cost, tmp_path):
+    model = step_cost.build_model("tiny", is_quantized=True)
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit"
+    assert layer.weight.quant_state.nested
+    LlamaForCausalLM(model.config.__class__(**TINY)).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    found, expected = ({name: (value.shape, value.dtype) for name, value in side.named_parameters()}
+                       for side in (model, expected))  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_step_cost_trains_all_methods_on_the_same_rows(step_cost, monkeypatch):
     seen = {}
-    for method, trainer_class in (("SFTTrainer", benchmark.SFTTrainer), ("BDS", benchmark.BilevelSFTTrainer)):
-        batches = seen[method] = []
-        original = trainer_class.get_batch_samples
+    for method in ("SFTTrainer", "BDS", "two forwards"):
+        rows = seen[method] = []
+        forward = LlamaForCausalLM.forward
 
-        def recording(self, *arguments, original=original, batches=batches):
-            result = original(self, *arguments)
-            batches.extend(sorted(row[row != -100].tolist() for row in batch["labels"]) for batch in result[0])
-            return result
+        def recording(self, *arguments, rows=rows, forward=forward, **options):
+            mask = options["attention_mask"]
+            ids = options["input_ids"]
+            rows.extend(row[is_token.bool()].tolist() for row, is_token in zip(ids, mask, strict=True))
+            return forward(self, *arguments, **options)
 
-        monkeypatch.setattr(trainer_class, "get_batch_samples", recording)
-        benchmark.run(method, args, benchmark.build_tokenizer())
+        if method == "two forwards":
+            monkeypatch.setattr(LlamaForCausalLM, "forward", recording)
+        else:
+            trainer_class = getattr(step_cost, "SFTTrainer" if method == "SFTTrainer" else "BilevelSFTTrainer")
+            original = trainer_class.get_batch_samples
+
+            def recording_batches(self, *arguments, original=original, rows=rows):
+                result = original(self, *arguments)
+                rows.extend(row[row != -100].tolist() for batch in result[0] for row in batch["labels"])
+                return result
+
+            monkeypatch.setattr(trainer_class, "get_batch_samples", recording_batches)
+        step_cost.run(method, "LoRA", _arguments(step_cost), step_cost.build_tokenizer())
         monkeypatch.undo()
-    assert len(seen["SFTTrainer"]) == 3
-    assert seen["SFTTrainer"] == seen["BDS"]
+        monkeypatch.setitem(step_cost.SHAPES, "tiny", TINY)
+    assert len(seen["SFTTrainer"]) == 3 * 4
+    steps = {method: [sorted(rows[at : at + 4]) for at in range(0, 12, 4)] for method, rows in seen.items()}
+    assert steps["SFTTrainer"] == steps["BDS"] == steps["two forwards"]
 
 
 def test_selector_scale(capsys):
