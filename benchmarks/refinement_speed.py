@@ -1,5 +1,5 @@
 """
-What a refresh costs beside one bare call of `generate` over the same prompts.
+What refinement costs: a refresh beside one bare call of `generate` over the same prompts, and a whole run.
 
 ```bash
 python benchmarks/refinement_speed.py
@@ -7,6 +7,7 @@ python benchmarks/refinement_speed.py
 
 A refresh sorts the questions by length, generates in batches, computes the log-probabilities of the responses by the
 training forward, judges and stores them. Pairs of both are measured one after the other; ratios are to the bare call.
+A whole run is an epoch with `refine_ratio=0.1` and the schedule of the defaults, beside the same run without.
 """
 
 import os
@@ -23,7 +24,7 @@ import transformers
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import TrlParser
 from trl.trainer.utils import pad
 
@@ -45,6 +46,8 @@ class BenchmarkArguments:
         max_new_tokens (`int`): tokens per response.
         refine_batch_size (`int`): questions per call of `generate` in a refresh.
         hidden_size (`int`): of a Llama of four layers with random weights.
+        num_train_rows (`int`): rows of the whole run, with answers of `max_new_tokens` letters; 0 to leave it out.
+        num_runs (`int`): pairs of whole runs.
         use_cpu (`bool`): whether to stay on the CPU where there is a GPU.
     """
 
@@ -53,14 +56,53 @@ class BenchmarkArguments:
     max_new_tokens: int = 64
     refine_batch_size: int = 128
     hidden_size: int = 256
+    num_train_rows: int = 512
+    num_runs: int = 3
     use_cpu: bool = False
 
 
-def _rows(num_rows: int, seed: int) -> Dataset:
+def _rows(num_rows: int, seed: int, answer_length: int = 0) -> Dataset:
     rng = np.random.default_rng(seed)
     letters = list("abcdefghijklmnopqrstuvwxyz ")
     prompts = ["".join(rng.choice(letters, size=rng.integers(8, 96))) for _ in range(num_rows)]
-    return Dataset.from_list([{"prompt": prompt, "completion": " ok"} for prompt in prompts])
+    answers = [" ok" + "".join(rng.choice(letters, size=answer_length)) for _ in range(num_rows)]
+    return Dataset.from_dict({"prompt": prompts, "completion": answers})
+
+
+def _config(args: "BenchmarkArguments", folder: str, refine_ratio: float, **options: Any) -> BilevelSFTConfig:
+    if refine_ratio > 0:
+        options |= {
+            "refine_ratio": refine_ratio,
+            "refine_max_new_tokens": args.max_new_tokens,
+            "refine_batch_size": args.refine_batch_size,
+            "refine_discard_flawed": False,  # none ends by itself
+        }
+    return BilevelSFTConfig(
+        output_dir=folder,
+        use_cpu=args.use_cpu or not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and not args.use_cpu,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        **options,
+    )
+
+
+def _model(args: "BenchmarkArguments", tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=2 * args.hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            pad_token_id=tokenizer.pad_token_id,
+            # Nothing ends a response early, so that both write the same number of tokens
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+    )
 
 
 class Seconds(NamedTuple):
@@ -89,34 +131,10 @@ class _Clock:
 def measure(args: BenchmarkArguments) -> list[Seconds]:
     """One bare generation and one refresh, for each pair."""
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=2 * args.hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        # Nothing ends a response early, so that both write the same number of tokens
-        eos_token_id=None,
-        bos_token_id=None,
-    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = BilevelSFTTrainer(
-            LlamaForCausalLM(config),
-            BilevelSFTConfig(
-                output_dir=folder,
-                per_device_train_batch_size=32,
-                refine_ratio=1.0,
-                refine_max_new_tokens=args.max_new_tokens,
-                refine_batch_size=args.refine_batch_size,
-                refine_temperature=1.0,
-                refine_discard_flawed=False,  # none ends by itself
-                use_cpu=args.use_cpu or not torch.cuda.is_available(),
-                bf16=torch.cuda.is_available() and not args.use_cpu,
-                report_to="none",
-                disable_tqdm=True,
-            ),
+            _model(args, tokenizer),
+            _config(args, folder, 1.0, per_device_train_batch_size=32, refine_temperature=1.0),
             train_dataset=_rows(args.num_questions, seed=0),
             validation_dataset=_rows(32, seed=1),
             processing_class=tokenizer,
@@ -148,6 +166,29 @@ def measure(args: BenchmarkArguments) -> list[Seconds]:
     return pairs[1:]
 
 
+def measure_runs(args: BenchmarkArguments) -> list[float]:
+    """Seconds of a whole run with refinement over those of the same run without, for each pair."""
+    tokenizer = build_tokenizer()
+    ratios = []
+    for run in range(args.num_runs):
+        seconds = {}
+        for refine_ratio in (0.0, 0.1) if run % 2 == 0 else (0.1, 0.0):
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = BilevelSFTTrainer(
+                    _model(args, tokenizer),
+                    _config(args, folder, refine_ratio, per_device_train_batch_size=8, num_train_epochs=1),
+                    train_dataset=_rows(args.num_train_rows, 0, args.max_new_tokens),
+                    validation_dataset=_rows(64, 1, args.max_new_tokens),
+                    processing_class=tokenizer,
+                )
+                trainer.remove_callback(PrinterCallback)
+                start = time.perf_counter()
+                trainer.train()
+                seconds[refine_ratio] = time.perf_counter() - start
+        ratios.append(seconds[0.1] / seconds[0.0])
+    return ratios
+
+
 def main(args: BenchmarkArguments) -> None:
     """Measure and print the table."""
     transformers.logging.set_verbosity_error()
@@ -174,7 +215,14 @@ def main(args: BenchmarkArguments) -> None:
             f"{statistics.median(values):.{digits}f}",
             f"{min(values):.{digits}f} to {max(values):.{digits}f}",
         )
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    if args.num_train_rows:
+        ratios = measure_runs(args)
+        console.print(
+            f"A whole run with refinement takes {statistics.median(ratios):.3f} ({min(ratios):.3f} to "
+            f"{max(ratios):.3f}) times as long as one without: {args.num_train_rows} rows, {len(ratios)} pairs."
+        )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,16 @@ def _arguments(benchmark, **options):
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries, about settings that do not matter here
-def test_step_cost(step_cost, capsys, tmp_path):
+def test_step_cost(step_cost, capsys, tmp_path, monkeypatch):
+    sizes = []
+
+    def here(method, setting, args, **changes):
+        sizes.append(changes)
+        changed = step_cost.BenchmarkArguments(**{**vars(args), **changes})
+        result = step_cost.run(method, setting, changed, step_cost.build_tokenizer())
+        return {**result, "peak_mib": 1.0}  # a process that has run before may not grow at all
+
+    monkeypatch.setattr(step_cost, "in_own_process", here)
     figure = tmp_path / "cost.png"
     step_cost.main(
         _arguments(
@@ -49,7 +58,16 @@ def test_step_cost(step_cost, capsys, tmp_path):
     assert output.count("two forwards") == 2 + 2  # packed rows are not for it
     assert output.count("BDS, value function") == 4 + 2
     assert "peak memory, MiB" in output
+    assert sizes.count({"num_rows": [40], "sequence_length": 16}) == sizes.count({"sequence_length": 64}) == 4
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_step_cost_in_a_process_of_its_own(step_cost):
+    result = step_cost.in_own_process("BDS", "QLoRA, packed", _arguments(step_cost))
+    assert result["peak_mib"] > 0
+    assert result["per_token"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'magic'"):
+        step_cost.in_own_process("magic", "LoRA", _arguments(step_cost))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -133,11 +151,19 @@ def test_refinement_speed(capsys):
     benchmark = _load("refinement_speed")
     benchmark.main(
         benchmark.BenchmarkArguments(
-            num_pairs=2, num_questions=33, max_new_tokens=4, refine_batch_size=16, hidden_size=32, use_cpu=True
+            num_pairs=2,
+            num_questions=33,
+            max_new_tokens=4,
+            refine_batch_size=16,
+            hidden_size=32,
+            use_cpu=True,
+            num_train_rows=160,
+            num_runs=2,
         )
     )
     output = capsys.readouterr().out
     assert "33 questions, 4 tokens each, 2 pairs" in output
+    assert "A whole run with refinement takes" in output
     assert "ratio" in output
 
 
