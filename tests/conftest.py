@@ -93,8 +93,9 @@ def _quantized_weights_stay_trainable() -> Iterator[None]:
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The Hub, empty and in order."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the demo switches on for good
     HUB.reset()
     yield HUB
     HUB.reset()
