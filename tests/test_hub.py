@@ -501,13 +501,14 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(hub, trained):
 
 
 def test_card_changed_during_the_upload_is_kept(hub, trained, monkeypatch):
-    trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    trained.push_curated_dataset(REPO, keep_ratio=0.25, license="cc-by-4.0")
+    trained._run_facts["training"]["license"] = "cc-by-4.0"  # of the source: what a hand has written counts more
     create_commit, edits = HfApi.create_commit, []
 
     def edited_meanwhile(api, *args, **options):
         if not edits:
             edits.append("Thanks!")
-            text = _card(hub).content + "\nThanks!\n"
+            text = _card(hub).content.replace("license: cc-by-4.0", "license: mit") + "\nThanks!\n"
             edit = [CommitOperationAdd("README.md", text.encode())]
             create_commit(api, REPO, edit, repo_type="dataset", commit_message="edit")
         return create_commit(api, *args, **options)
@@ -515,6 +516,7 @@ def test_card_changed_during_the_upload_is_kept(hub, trained, monkeypatch):
     monkeypatch.setattr(HfApi, "create_commit", edited_meanwhile)
     trained.push_curated_dataset(REPO, keep_ratio=0.5)
     assert _card(hub).text.rstrip().endswith("Thanks!")
+    assert _card(hub).data.license == "mit"
     assert len(_load()) == 12
 
 

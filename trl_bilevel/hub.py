@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,15 @@ def publish_curated_dataset(
         ).repo_id
         if revision is not None:
             _retried(lambda: api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True))
+        ask_once = cache(ask_license) if ask_license is not None else None
         for attempt in range(_ATTEMPTS):
             info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
             existing = {sibling.rfilename for sibling in info.siblings or []}
             old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
-            license, languages = _resolve_terms(api, repo_id, facts, license, language, old_card, ask_license)
+            terms = _resolve_terms(api, repo_id, facts, license, language, old_card, ask_once)
             with tempfile.TemporaryDirectory() as folder:
                 files = write_configs(scored, num_kept, Path(folder))
-                card = build_card(
-                    scored, num_kept, facts, repo_id, license, languages, sensitive, old_card, Path(folder)
-                )
+                card = build_card(scored, num_kept, facts, repo_id, *terms, sensitive, old_card, Path(folder))
                 (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
                 operations: list[Any] = [
                     CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
