@@ -52,6 +52,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         "responses": trainer.response_store.table().to_pylist(),
     }
     torch.save(result, Path(output_dir) / f"result-{trainer.accelerator.process_index}.pt")
+    trainer.end()  # leaves the process group: gloo's threads may abort a process that exits within it
 
 
 if __name__ == "__main__":
