@@ -5,8 +5,9 @@ All train the same adapter on the same rows: `SFTTrainer` gets the training and 
 one plain batch. "Two forwards" is a loop that does the step as the public codes of SEAL and BIPOST do: a forward pass
 for either kind of rows, full logits, dense Adam on the weights of all rows. Runs alternate in "pairs" of one run per
 method, the first steps of each are left out, and the tables show medians of the pairs' ratios with their range. Times
-are per token, as packed batches do not hold equally many. Peak memory is taken in processes of their own; on a CPU,
-above what they held before training.
+are per token, as packed batches do not hold equally many. Peak memory, model included, is what the device's allocator says;
+on a CPU the most bytes that PyTorch's profiler saw in tensors, which is exact where resident memory is noise. It is
+taken with Llama 3's vocabulary: the memory of a small one would not be what it is in use, as TRL's head works in tiles.
 
 ```bash
 python benchmarks/step_cost.py
@@ -59,6 +60,7 @@ from trl_bilevel.paired_batches import ValidationStream
 
 matplotlib.use("Agg")
 
+VOCABULARY = 128_256  # of Llama 3
 PLAIN = "SFTTrainer"
 TWO_FORWARDS = "two forwards"
 # Options of the bilevel trainer
@@ -86,17 +88,19 @@ class BenchmarkArguments:
     Args:
         shape (`str`): of the Llama, `"tiny"` or `"8b"`.
         settings (`list[str]`): which adapters and batches, of "LoRA", "LoRA, packed", "QLoRA" and "QLoRA, packed".
-        num_pairs (`int`): how often the methods run, in alternation.
+        num_pairs (`int`): how often the methods run, in alternation; 0 to leave out the times.
         num_steps (`int`): timed optimizer steps of a run.
         num_warmup_steps (`int`): steps before them.
-        num_memory_runs (`int`): processes per method that peak memory is taken from.
+        num_memory_steps (`int`): optimizer steps of a run that peak memory is taken from.
         batch_size (`int`): training sequences per step; as many of validation rows join them.
         sequence_length (`int`): longest row, tokens; rows are between half of it and all of it, packed rows between a
             sixteenth and a quarter.
         num_rows (`list[int]`): training rows for the figure of the cost as their number grows; none to leave it out.
         lengths (`list[int]`): sequence lengths for the figure of the memory; none to leave it out.
         figure (`str`, *optional*): PNG file for both figures.
-        only (`str`, *optional*): internal; run one method once and print its peak memory.
+        only (`str`, *optional*): internal; run one method once and print its step time, or with `peak` its memory.
+        peak (`bool`): see `only`.
+        vocab_size (`int`): internal; of the model, that of `shape` if larger.
     """
 
     shape: str = "tiny"
@@ -104,13 +108,15 @@ class BenchmarkArguments:
     num_pairs: int = 7
     num_steps: int = 15
     num_warmup_steps: int = 3
-    num_memory_runs: int = 3
+    num_memory_steps: int = 3
     batch_size: int = 8
     sequence_length: int = 96
     num_rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000])
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     figure: str | None = None
     only: str | None = None
+    peak: bool = False
+    vocab_size: int = 0
 
 
 class StepClock(TrainerCallback):
@@ -143,11 +149,15 @@ def random_rows(num_rows: int, longest: int, shortest: int, vocab_size: int, see
     return Dataset(pa.table({"input_ids": tokens, "labels": tokens}))
 
 
-def build_model(shape: str, is_quantized: bool) -> LlamaForCausalLM:
+def vocab_size_of(args: BenchmarkArguments) -> int:
+    return max(args.vocab_size, SHAPES[args.shape]["vocab_size"])
+
+
+def build_model(args: BenchmarkArguments, is_quantized: bool) -> LlamaForCausalLM:
     """A Llama with random weights, its linear layers quantized one after the other on the device that trains."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(**SHAPES[shape])
+    config = LlamaConfig(**{**SHAPES[args.shape], "vocab_size": vocab_size_of(args)})
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if not is_quantized:
         return LlamaForCausalLM(config).to(device, dtype)
@@ -177,7 +187,7 @@ def build_model(shape: str, is_quantized: bool) -> LlamaForCausalLM:
 
 
 def run(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Median seconds per thousand tokens, those of a step, peak memory in MiB, and on a GPU how often a step waits."""
+    """Median seconds per token, those of a step, and on a GPU how often a step waits."""
     num_steps = args.num_warmup_steps + args.num_steps
     is_packed = setting.endswith("packed")
     longest, shortest = args.sequence_length, args.sequence_length // 2
@@ -187,15 +197,13 @@ def run(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrain
         longest, shortest = args.sequence_length // 4, args.sequence_length // 16
         num_rows, num_validation = 8 * num_rows, 8 * num_validation
     num_rows = max(num_rows, args.num_rows[0] if len(args.num_rows) == 1 else 0)
-    vocab_size = SHAPES[args.shape]["vocab_size"]
-    training = random_rows(num_rows, longest, shortest, vocab_size, seed=1)
-    validation = random_rows(num_validation, longest, shortest, vocab_size, seed=2)
-    model = build_model(args.shape, is_quantized=setting.startswith("QLoRA"))
+    training = random_rows(num_rows, longest, shortest, vocab_size_of(args), seed=1)
+    validation = random_rows(num_validation, longest, shortest, vocab_size_of(args), seed=2)
+    model = build_model(args, is_quantized=setting.startswith("QLoRA"))
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     clock = StepClock()
     if method == TWO_FORWARDS:
         model = get_peft_model(model, lora)
-        held = _start_peak_memory()
         tokens_per_step = train_by_two_forwards(model, training, validation, args, clock)
         waits = None
     else:
@@ -203,7 +211,6 @@ def run(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrain
             trainer = _make_trainer(method, is_packed, model, lora, clock, training, validation, args, output_dir)
             trainer.processing_class = tokenizer
             gc.collect()
-            held = _start_peak_memory()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 trainer.train()
@@ -214,7 +221,6 @@ def run(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrain
     return {
         "step": seconds,
         "per_token": seconds / tokens_per_step,
-        "peak_mib": (_peak_memory() - held) / 2**20,
         "waits": waits if torch.cuda.is_available() else None,
     }
 
@@ -320,25 +326,18 @@ def train_by_two_forwards(
     return num_tokens / num_steps
 
 
-def _start_peak_memory() -> int:
-    """Forget earlier peaks; bytes held now that are not the training's: none on a GPU, where models count too."""
+def peak_memory(method: str, setting: str, args: BenchmarkArguments, tokenizer: PreTrainedTokenizerFast) -> float:
+    """The most MiB that tensors took while the model was built and trained; in a process that did nothing before."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return 0
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident_bytes("VmRSS")
-
-
-def _peak_memory() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_bytes("VmHWM")
-
-
-def _resident_bytes(field: str) -> int:
-    """A field of this process' memory status; Linux only, as are GPUs that are worth measuring."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no field {field}.")
+        run(method, setting, args, tokenizer)
+        return torch.cuda.max_memory_allocated() / 2**20
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run(method, setting, args, tokenizer)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / 2**20
 
 
 def in_own_process(method: str, setting: str, args: BenchmarkArguments, **changes: Any) -> dict[str, Any]:
@@ -350,12 +349,16 @@ def in_own_process(method: str, setting: str, args: BenchmarkArguments, **change
             command += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             command += [f"--{name}={value}"]
-    # One arena, and large blocks returned at once: resident memory is then closer to what is in use
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    output = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
     if output.returncode != 0:
         raise RuntimeError(f"{command} failed:\n{output.stderr[-3000:]}")
     return json.loads(output.stdout.splitlines()[-1])
+
+
+def peak_in_own_process(method: str, setting: str, args: BenchmarkArguments, **changes: Any) -> dict[str, Any]:
+    """The same for the peak memory."""
+    steps = {"num_warmup_steps": 0, "num_steps": args.num_memory_steps}
+    return in_own_process(method, setting, args, peak=True, vocab_size=VOCABULARY, **steps, **changes)
 
 
 def methods_of(setting: str) -> list[str]:
@@ -374,18 +377,17 @@ def measure_settings(args: BenchmarkArguments, console: Console, tokenizer: PreT
         for pair in track(range(args.num_pairs), description=f"{setting}: time", console=console):
             for method in methods[:: 1 if pair % 2 == 0 else -1]:
                 times[method].append(run(method, setting, args, tokenizer))
-        peaks: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-        for _ in track(range(args.num_memory_runs), description=f"{setting}: memory", console=console):
-            for method in methods:
-                peaks[method].append(in_own_process(method, setting, args))
+        peaks: dict[str, list[dict[str, Any]]] = {}
+        for method in track(methods, description=f"{setting}: memory", console=console):
+            peaks[method] = [peak_in_own_process(method, setting, args)]
         for name, runs, key, scale in (
             ("ms per 1,000 tokens", times, "per_token", 1e6),
             ("peak memory, MiB", peaks, "peak_mib", 1),
         ):
-            for method in methods:
+            for method in methods if runs[PLAIN] else ():
                 values = [result[key] for result in runs[method]]
                 ratios = [value / plain[key] for value, plain in zip(values, runs[PLAIN], strict=True)]
-                waits = runs[method][0]["waits"]
+                waits = times[method][0]["waits"] if times[method] else None
                 table.add_row(
                     setting,
                     name,
@@ -414,7 +416,7 @@ def measure_growth(args: BenchmarkArguments, console: Console) -> None:
             series["rows"][method].append(1000 * in_own_process(method, setting, args, **changes)["step"])
     for length in track(args.lengths, description="Sequence length", console=console):
         for method in methods["tokens"]:
-            result = in_own_process(method, setting, args, sequence_length=length)
+            result = peak_in_own_process(method, setting, args, sequence_length=length)
             series["tokens"][method].append(result["peak_mib"])
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -446,7 +448,10 @@ def main(args: BenchmarkArguments) -> None:
         torch.cuda.set_sync_debug_mode("warn")
     if args.only is not None:
         setting, method = args.only.split("/")
-        print(json.dumps(run(method, setting, args, tokenizer)))
+        if args.peak:
+            print(json.dumps({"peak_mib": peak_memory(method, setting, args, tokenizer)}))
+        else:
+            print(json.dumps(run(method, setting, args, tokenizer)))
         return
     console = Console(width=120)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
