@@ -5,9 +5,11 @@ All train the same adapter on the same rows: `SFTTrainer` gets the training and 
 one plain batch. "Two forwards" is a loop that does the step as the public codes of SEAL and BIPOST do: a forward pass
 for either kind of rows, full logits, dense Adam on the weights of all rows. Runs alternate in "pairs" of one run per
 method, the first steps of each are left out, and the tables show medians of the pairs' ratios with their range. Times
-are per token, as packed batches do not hold equally many. Peak memory, model included, is what the device's allocator says;
-on a CPU the most bytes that PyTorch's profiler saw in tensors, which is exact where resident memory is noise. It is
-taken with Llama 3's vocabulary: the memory of a small one would not be what it is in use, as TRL's head works in tiles.
+are per token, as packed batches do not hold equally many.
+
+Peak memory, model included, is what the device's allocator says; on a CPU the most bytes that PyTorch's profiler saw
+in tensors, which is exact where resident memory is noise. It is taken with Llama 3's vocabulary: TRL's head works
+in tiles of it, and with a small one would take more than it does in use.
 
 ```bash
 python benchmarks/step_cost.py
