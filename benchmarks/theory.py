@@ -80,7 +80,7 @@ class TheoryArguments:
     sequence_length: int = 6
     num_questions: int = 24
     num_useless: int = 3
-    num_steps: int = 12_000
+    num_steps: int = 8_000
     step_sizes: list[float] = field(default_factory=lambda: [0.3, 1.0, 3.0])
     epsilons: list[float] = field(default_factory=lambda: [0.3, 0.1, 0.03, 0.01])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -221,14 +221,14 @@ def steps_to(course: Course, epsilon: float) -> int | None:
 
 def main(args: TheoryArguments) -> None:
     """Print the table and draw the figure."""
-    console = Console(width=140)
+    console = Console(width=160)
     courses: dict[tuple[str, float], list[Course]] = {}
     runs = [(name, size) for name in METHODS for size in args.step_sizes]
     for name, size in track(runs, description="Solving", console=console):
         courses[name, size] = [solve(METHODS[name], args, seed, size) for seed in args.seeds]
     table = Table(title=f"steps until the validation loss stays within epsilon of its optimum; seeds {args.seeds}")
     for column in ("method", "step size", *(f"epsilon {epsilon:g}" for epsilon in args.epsilons)):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for column in ("validation loss at the end", "weight on useless rows", "useful weights", "coverage"):
         table.add_column(column, justify="right")
     for (name, size), per_seed in courses.items():
