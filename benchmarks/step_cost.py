@@ -100,6 +100,8 @@ class BenchmarkArguments:
         num_rows (`list[int]`): training rows for the figure of the cost as their number grows; none to leave it out.
         lengths (`list[int]`): sequence lengths for the figure of the memory; none to leave it out.
         figure (`str`, *optional*): PNG file for both figures.
+        results (`str`, *optional*): JSON file that keeps what the figures show as it is measured: run the same again
+            after an interruption, and it goes on.
         only (`str`, *optional*): internal; run one method once and print its step time, or with `peak` its memory.
         peak (`bool`): see `only`.
         vocab_size (`int`): internal; of the model, that of `shape` if larger.
@@ -116,6 +118,7 @@ class BenchmarkArguments:
     num_rows: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000, 1_000_000])
     lengths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
     figure: str | None = None
+    results: str | None = None
     only: str | None = None
     peak: bool = False
     vocab_size: int = 0
@@ -343,8 +346,20 @@ def peak_memory(method: str, setting: str, args: BenchmarkArguments, tokenizer: 
 
 
 def in_own_process(method: str, setting: str, args: BenchmarkArguments, **changes: Any) -> dict[str, Any]:
-    """One run in a process of its own."""
-    values = {**vars(args), **changes, "only": f"{setting}/{method}"}
+    """One run in a process of its own, or what a file has of it."""
+    if args.results is None:
+        return _in_own_process(method, setting, args, **changes)
+    path = Path(args.results)
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    key = ", ".join([setting, method, *(f"{name} {value}" for name, value in sorted(changes.items()))])
+    if key not in results:
+        results[key] = _in_own_process(method, setting, args, **changes)
+        path.write_text(json.dumps(results, indent=2))
+    return results[key]
+
+
+def _in_own_process(method: str, setting: str, args: BenchmarkArguments, **changes: Any) -> dict[str, Any]:
+    values = {**vars(args), **changes, "results": None, "only": f"{setting}/{method}"}
     command = [sys.executable, __file__]
     for name, value in values.items():
         if isinstance(value, list):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .batch_layout import BatchLayout
+from .whole_files import write_whole
 
 
 AMORTIZED_SELECTOR_FILE_NAME = "amortized_selector.safetensors"
@@ -129,13 +130,10 @@ class AmortizedSelector:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the head and its optimizer to `amortized_selector.safetensors`, whole or not at all."""
-        path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
-        partial = path.with_suffix(".partial")
         tensors = {f"head.{name}": value for name, value in self.state().items()}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        write_whole(Path(directory) / AMORTIZED_SELECTOR_FILE_NAME, lambda partial: save_file(tensors, partial))
 
     def load(self, directory: str | os.PathLike) -> None:
         """

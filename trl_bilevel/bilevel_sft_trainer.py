@@ -3,8 +3,7 @@
 import math
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .amortized_selector import AmortizedSelector
 from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
+from .checkpointing import Checkpointing
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .dataset_checks import (
@@ -64,7 +64,6 @@ from .run_records import (
     save_scores,
     save_training_rows,
 )
-from .run_settings import write_run_settings
 from .scoring import RowScorer, score_dataset
 from .selector_updates import SelectorActivation
 from .self_refining_collator import SelfRefiningCollator
@@ -79,7 +78,7 @@ _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
 
-class BilevelSFTTrainer(HubPublishing, BilevelStep):
+class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
     r"""
     [`~trl.SFTTrainer`] that learns, while it trains, how much each training row should count.
 
@@ -400,14 +399,26 @@ class BilevelSFTTrainer(HubPublishing, BilevelStep):
             return self.optimizer_cls_and_kwargs
         return self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in Trainer.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder; `True` for the newest one in
+                `output_dir` that was written to its end; `"last_intact"` to pass over damaged ones too.
+            *args, **kwargs: as in Trainer.
+
+        Raises:
+            `ValueError`: if the checkpoint is torn or damaged, naming the file, or belongs to other rows or options.
+        """
+        resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         if self.refiner is not None:
             # Responses are known by the step they were made at, so every training has a folder of its own; going on
             # from a checkpoint replaces it
             run = [secrets.token_hex(4)]
             broadcast_object_list(run)
             self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Data: training and validation rows in one batch ----
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
@@ -605,68 +616,3 @@ class BilevelSFTTrainer(HubPublishing, BilevelStep):
             raise ValueError("Rows have weights of their own. Set `source_column` for one weight per source.")
         weights = dict(zip(self._sources.names.to_pylist(), self.data_selector.source_weights().tolist(), strict=True))
         return dict(sorted(weights.items(), key=lambda item: -item[1]))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Part of every checkpoint and of the final model, also with `save_only_model`; before a push would upload it
-        if self.args.should_save:
-            directory = output_dir or self.args.output_dir
-            os.makedirs(directory, exist_ok=True)
-            self.data_selector.save(directory, self._rows_fingerprint)
-            for part in (self.value_function, self.amortized_selector):
-                if part is not None:
-                    part.save(directory)
-            self._save_records(directory)
-            write_run_settings(directory, self.args)
-        super().save_model(output_dir, _internal_call)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._dtypes_kept():
-            super()._load_from_checkpoint(*args, **kwargs)
-
-    @contextmanager
-    def _dtypes_kept(self) -> Iterator[None]:
-        """PEFT loads adapters in fp32: a resumed run would take more memory, and go on otherwise than unbroken."""
-        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
-        yield
-        for name, value in self.model.named_parameters():
-            if name in dtypes and value.dtype != dtypes[name]:
-                value.data = value.data.to(dtypes[name])
-
-    def _load_best_model(self) -> None:
-        with self._dtypes_kept():
-            super()._load_best_model()
-        for part in (self.value_function, self.amortized_selector):
-            if part is not None:
-                part.load(self.state.best_model_checkpoint)
-        self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
-        if self.refiner is not None:
-            self._load_responses(self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.value_function is not None and self.args.should_save:
-            self.value_function.save_optimizer(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.value_function is not None:
-            self.value_function.rebind()
-        if checkpoint is not None:
-            self.data_selector.load(checkpoint, self._rows_fingerprint)
-            if self.refiner is not None:
-                self._load_responses(checkpoint)
-            elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():
-                raise ValueError(
-                    f"{checkpoint} was written with refined answers, which `refine_ratio=0` would drop. Resume with "
-                    "the `refine_ratio` of that run."
-                )
-            if self.amortized_selector is not None:
-                self.amortized_selector.load(checkpoint)
-            if self.value_function is not None:
-                self.value_function.load(checkpoint)
-                self.value_function.load_optimizer(checkpoint)
-
-    def _load_responses(self, checkpoint: str) -> None:
-        assert self.refiner is not None
-        store = ResponseStore.load(checkpoint, self._responses_folder, self.refiner.settings)
-        self.response_store.go_on_as(store)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
@@ -34,14 +35,24 @@ from .value_function import ValueFunction
 logger = get_logger(__name__)
 
 
+class _StepEnd(TrainerCallback):
+    """Trainer has no method to override between its optimizer's step and the next checkpoint."""
+
+    def __init__(self, trainer: "BilevelStep"):
+        self._trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer.finish_step()
+
+
 class BilevelStep(SFTTrainer):
     """
     The two levels of one optimizer step, for [`BilevelSFTTrainer`], which prepares what they work on.
 
     In the order of events: [`get_batch_samples`] has answers regenerated where that is due, and looks up how much each
     row counts; [`compute_loss`] is the model's level, one forward pass over training and validation rows;
-    [`training_step`] goes on after the backward pass, with the value function where there is one, and ends with the
-    selector's level.
+    [`training_step`] goes on after the backward pass, with the value function's where there is one; [`finish_step`]
+    is the selector's level, once the model has taken its step.
     """
 
     # `compute_loss` divides by the tokens of the whole optimizer step
@@ -60,6 +71,7 @@ class BilevelStep(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.add_callback(_StepEnd(self))
         self._step_row_counts: list[int] = []  # training rows of the current optimizer step, of each process
         self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # which they are
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
@@ -288,14 +300,18 @@ class BilevelStep(SFTTrainer):
         return loss
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """After the backward pass: the value function's step, then the selector's level."""
+        """After the backward pass: theta-hat's, where there is a value function."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.value_function is not None:
             with self.maybe_activation_offload_context:
                 self._fit_value_function(self.value_function, inputs)
-        if self.accelerator.sync_gradients:
-            self._update_selector()
         return loss
+
+    def finish_step(self) -> None:
+        """After the model's optimizer step, not before: a checkpoint may be written until then, of the step before."""
+        if self.value_function is not None:
+            self.value_function.step(self._get_learning_rate(), self._reduce_gradient)
+        self._update_selector()
 
     def _fit_value_function(self, value_function: ValueFunction, inputs: dict[str, Any]) -> None:
         """theta-hat descends the training rows' loss; the selector compares with its losses before the step."""
@@ -320,8 +336,6 @@ class BilevelStep(SFTTrainer):
                     _, losses = self._forward(model, training, layout)
             if finite.any():
                 (coefficients * losses.nll).sum().backward()
-        if self.accelerator.sync_gradients:
-            value_function.step(self._get_learning_rate(), self._reduce_gradient)
 
     def _update_selector(self) -> None:
         losses = row_means = self._gather_rows(torch.cat(self._step_row_means))

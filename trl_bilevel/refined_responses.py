@@ -8,7 +8,6 @@ run finds everything it had generated.
 import json
 import os
 import re
-import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.feather
 import pyarrow.parquet
+
+from .whole_files import write_whole
 
 
 CHECKPOINT_FILE_NAME = "_refined_responses.pq"
@@ -145,7 +146,7 @@ class ResponseStore:
     def write_plan(self, step: int, plan: RefreshPlan) -> None:
         """Begin a refresh."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._plan_path(step), lambda path: path.write_text(json.dumps(plan._asdict())))
+        write_whole(self._plan_path(step), lambda path: path.write_text(json.dumps(plan._asdict())))
 
     def read_part(self, step: int, part: int) -> pa.Table | None:
         """Responses of one batch of a refresh, if they were generated before."""
@@ -185,7 +186,7 @@ class ResponseStore:
     def save(self, directory: str | os.PathLike) -> None:
         """Write all responses to `_refined_responses.pq` in an existing directory."""
         table = self.table().replace_schema_metadata({"run": self.run})
-        _write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
+        write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
 
     @classmethod
     def load(cls, directory: str | os.PathLike, parent: str | os.PathLike, settings: str = "0") -> "ResponseStore":
@@ -228,14 +229,4 @@ class ResponseStore:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow file that can be mapped into memory, whole or not at all."""
-    _write_whole(path, lambda partial: pyarrow.feather.write_feather(table, partial, compression="uncompressed"))
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    # Several processes may write the same file, each under a name of its own until it is whole
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: pyarrow.feather.write_feather(table, partial, compression="uncompressed"))

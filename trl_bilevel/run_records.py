@@ -28,6 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
+from .whole_files import write_whole
 
 
 ROWS_FOLDER_NAME = "_training_rows"
@@ -144,10 +145,7 @@ def save_scores(
         # Last: what has scores is complete
         (SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path)),
     ):
-        path = Path(directory) / name
-        partial = path.with_name(f"{name}.partial")
-        write(partial)
-        os.replace(partial, path)
+        write_whole(Path(directory) / name, write)
 
 
 def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> Dataset:

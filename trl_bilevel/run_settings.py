@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from .whole_files import write_whole
+
 
 RUN_SETTINGS_FILE_NAME = "bilevel_sft.json"
 # What decides which tokens a row's loss covers. An allow-list: nothing else of the arguments, such as paths or tokens,
@@ -29,10 +31,8 @@ def row_options(args: SFTConfig) -> dict[str, Any]:
 
 def write_run_settings(directory: str | os.PathLike, args: SFTConfig) -> None:
     """Write `bilevel_sft.json` to an existing directory, whole or not at all."""
-    path = Path(directory) / RUN_SETTINGS_FILE_NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"rows": row_options(args)}, indent=2) + "\n")
-    os.replace(partial, path)
+    text = json.dumps({"rows": row_options(args)}, indent=2) + "\n"
+    write_whole(Path(directory) / RUN_SETTINGS_FILE_NAME, lambda partial: partial.write_text(text))
 
 
 def read_row_options(directory: str | os.PathLike) -> dict[str, Any]:

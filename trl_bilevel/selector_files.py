@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .selector_updates import SelectorActivation
+from .whole_files import write_whole
 
 
 SELECTOR_FILE_NAME = "data_selector.safetensors"
 SELECTOR_TABLE_NAME = "data_selector.parquet"
-_STATE_VERSION = "2"
+_STATE_VERSION = "3"
+_OLDER_STATE_VERSIONS = ("1", "2")  # of checkpoints without a list of their files
 _TABLE_COLUMNS = ("sample_id", "logit", "scored")
 
 
@@ -40,12 +42,10 @@ def write_selector_state(
         tensors (`dict[str, torch.Tensor]`): the selector's state.
         identity (`dict[str, Any]`): what must be the same when the file is read, JSON values.
     """
-    path = Path(directory) / SELECTOR_FILE_NAME
-    partial = path.with_suffix(".partial")
     metadata = {"format": "pt", "selector": json.dumps({"format_version": _STATE_VERSION, **identity})}
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
-    return path
+    return write_whole(
+        Path(directory) / SELECTOR_FILE_NAME, lambda partial: save_file(tensors, partial, metadata=metadata)
+    )
 
 
 def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -68,6 +68,8 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another checkpoint.") from error
+    if stored.get("format_version") in _OLDER_STATE_VERSIONS:
+        stored = {"prior": 0.5, **stored, "format_version": _STATE_VERSION}  # the first had no other prior
     expected = {"format_version": _STATE_VERSION, **identity}
     differing = [
         f"{key} {stored.get(key)!r} (now {value!r})" for key, value in expected.items() if stored.get(key) != value
@@ -78,6 +80,16 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
             "sample ids and selector options, or train from the start."
         )
     return tensors
+
+
+def is_of_older_format(path: str | os.PathLike) -> bool:
+    """Whether a selector's state was written by a version that wrote no list of a checkpoint's files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {}).get("selector", "{}"))
+    except (SafetensorError, ValueError):
+        return False
+    return stored.get("format_version") in _OLDER_STATE_VERSIONS
 
 
 def write_selector_table(directory: str | os.PathLike, table: pa.Table, activation: SelectorActivation) -> Path:
@@ -91,10 +103,8 @@ def write_selector_table(directory: str | os.PathLike, table: pa.Table, activati
     """
     path = Path(directory) / SELECTOR_TABLE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pa.parquet.write_table(table.replace_schema_metadata({"selector_activation": activation}), partial)
-    os.replace(partial, path)
-    return path
+    table = table.replace_schema_metadata({"selector_activation": activation})
+    return write_whole(path, lambda partial: pa.parquet.write_table(table, partial))
 
 
 def read_selector_table(name_or_path: str | os.PathLike) -> tuple[pa.Table, SelectorActivation]:

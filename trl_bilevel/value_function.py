@@ -17,6 +17,8 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .whole_files import write_whole
+
 
 logger = get_logger(__name__)
 
@@ -107,10 +109,8 @@ class ValueFunction:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write theta-hat to `_value_function.safetensors` in an existing directory, whole or not at all."""
-        path = Path(directory) / VALUE_FUNCTION_FILE_NAME
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in self.state().items()}, partial)
-        os.replace(partial, path)
+        values = {name: value.contiguous() for name, value in self.state().items()}
+        write_whole(Path(directory) / VALUE_FUNCTION_FILE_NAME, lambda partial: save_file(values, partial))
 
     def load(self, directory: str | os.PathLike) -> None:
         """
@@ -140,7 +140,8 @@ class ValueFunction:
 
     def save_optimizer(self, directory: str | os.PathLike) -> None:
         """Write the state of theta-hat's optimizer to a checkpoint."""
-        torch.save(self._optimizer.state_dict(), Path(directory) / OPTIMIZER_FILE_NAME)
+        state = self._optimizer.state_dict()
+        write_whole(Path(directory) / OPTIMIZER_FILE_NAME, lambda partial: torch.save(state, partial))
 
     def load_optimizer(self, directory: str | os.PathLike) -> None:
         """Restore what `save_optimizer` wrote."""

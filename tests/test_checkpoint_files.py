@@ -1,0 +1,144 @@
+"""Which checkpoints are whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trl_bilevel import DataSelector
+from trl_bilevel.checkpoint_files import (
+    MANIFEST_FILE_NAME,
+    check_checkpoint,
+    find_checkpoint,
+    find_problem,
+    remove_manifest,
+    write_manifest,
+)
+from trl_bilevel.selector_files import SELECTOR_FILE_NAME
+from trl_bilevel.whole_files import disk_full_explained, write_whole
+
+
+def _checkpoint(folder, step, is_whole=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "shards").mkdir(parents=True)
+    DataSelector(num_rows=3).save(checkpoint, "rows")
+    (checkpoint / "shards" / "0.bin").write_bytes(bytes(range(256)))
+    (checkpoint / "trainer_state.json").write_text("{}")
+    if is_whole:
+        write_manifest(checkpoint)
+    return checkpoint
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"truncated": _truncate, "empty": lambda path: path.write_bytes(b""), "flipped": _flip,
+           "missing": lambda path: path.unlink()}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [SELECTOR_FILE_NAME, "shards/0.bin", "trainer_state.json", MANIFEST_FILE_NAME])
+def test_damage_is_found_and_named(tmp_path, name, damage):
+    older, checkpoint = _checkpoint(tmp_path, 2), _checkpoint(tmp_path, 10)
+    check_checkpoint(checkpoint)
+    assert find_checkpoint(tmp_path, skip_damaged=False) == checkpoint  # 10 is newer than 2
+    DAMAGES[damage](checkpoint / name)
+    if name == MANIFEST_FILE_NAME and damage == "missing":  # looks interrupted: nothing says that it ever was whole
+        with pytest.raises(ValueError, match=r"checkpoint-10 was interrupted while it was written.*checkpoint=True"):
+            check_checkpoint(checkpoint)
+        assert find_checkpoint(tmp_path, skip_damaged=False) == older
+        return
+    if name == MANIFEST_FILE_NAME and damage == "flipped":
+        (checkpoint / name).write_text(json.dumps({"files": 3}))
+    with pytest.raises(ValueError, match=rf"checkpoint-10/{name} is (damaged|missing).*'last_intact'"):
+        check_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=rf"checkpoint-10/{name}"):
+        find_checkpoint(tmp_path, skip_damaged=False)
+    assert find_checkpoint(tmp_path, skip_damaged=True) == older
+
+
+def test_interrupted_checkpoints_are_passed_over(tmp_path):
+    assert find_checkpoint(tmp_path, skip_damaged=False) is None
+    _checkpoint(tmp_path, 4, is_whole=False)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()  # not one of Trainer's
+    (tmp_path / "checkpoint-9").write_text("a file")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole: .*checkpoint-5.*checkpoint-4.*=None"):
+        find_checkpoint(tmp_path, skip_damaged=False)
+    whole = _checkpoint(tmp_path, 3)
+    assert find_checkpoint(tmp_path, skip_damaged=False) == whole
+    remove_manifest(whole)
+    remove_manifest(whole)  # as often as one likes
+    assert find_problem(whole)[0] == "torn"
+
+
+def test_leftovers_of_a_killed_writer_are_no_part_of_a_checkpoint(tmp_path):
+    checkpoint = _checkpoint(tmp_path, 1, is_whole=False)
+    leftovers = [checkpoint / "data_selector.safetensors.0a.partial", checkpoint / "checkpoint-is-incomplete.txt"]
+    for path in leftovers:
+        path.write_text("half")
+    write_manifest(checkpoint)
+    for path in leftovers:
+        path.unlink()
+    check_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_checkpoints_of_older_versions(tmp_path, version):
+    """They have no list of files, and the first no prior and no restarts."""
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    identity = {"num_rows": 2, "rows_fingerprint": "rows", "activation": "softmax", "optimizer": "mirror_descent"}
+    tensors = {
+        "logits": torch.tensor([0.0, 1.0]),
+        "scored": torch.tensor([False, True]),
+        "normalizer": torch.tensor([1.0, 1 + torch.tensor(-1.0).exp(), 1.5], dtype=torch.float64),
+    }
+    if version == "2":
+        identity["prior"] = 0.5
+        tensors["restarted"] = torch.tensor([False, False])
+    metadata = {"format": "pt", "selector": json.dumps({"format_version": version, **identity})}
+    save_file(tensors, checkpoint / SELECTOR_FILE_NAME, metadata=metadata)
+    assert find_problem(checkpoint)[0] == "torn"  # Trainer's state comes last
+    (checkpoint / "trainer_state.json").write_text("{}")
+    check_checkpoint(checkpoint)
+    selector = DataSelector(num_rows=2)
+    selector.load(checkpoint, "rows")
+    torch.testing.assert_close(selector.weights(), 2 * torch.tensor([0.0, 1.0]).softmax(0))
+    assert selector.scored.tolist() == [False, True]
+    with pytest.raises(ValueError, match="written for another run: rows_fingerprint 'rows'"):
+        selector.load(checkpoint, "others")
+
+
+def test_checkpoint_of_another_trainer_is_left_to_the_selector_to_refuse(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    check_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="BilevelSFTTrainer wrote"):
+        DataSelector(num_rows=1).load(tmp_path, "rows")
+
+
+def test_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda partial: partial.write_text("old"))
+
+    def half(partial):
+        partial.write_text("ne")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_whole(path, half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(KeyError), disk_full_explained(tmp_path):
+        raise KeyError("other")

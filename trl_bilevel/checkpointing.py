@@ -1,0 +1,156 @@
+"""What a run writes into its checkpoints and output folder beside the model, and how it goes on from there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import SFTTrainer
+
+from .amortized_selector import AmortizedSelector
+from .bilevel_sft_config import BilevelSFTConfig
+from .checkpoint_files import LAST_INTACT, check_checkpoint, find_checkpoint, remove_manifest, write_manifest
+from .data_selector import DataSelector
+from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
+from .refinement import Refiner
+from .run_settings import write_run_settings
+from .value_function import ValueFunction
+from .whole_files import disk_full_explained
+
+
+class Checkpointing(SFTTrainer):
+    """Checkpoints of [`~trl_bilevel.BilevelSFTTrainer`]: whole or not resumed from, and exact."""
+
+    args: BilevelSFTConfig
+    data_selector: DataSelector
+    value_function: ValueFunction | None
+    amortized_selector: AmortizedSelector | None
+    refiner: Refiner | None
+    response_store: ResponseStore
+    _rows_fingerprint: str
+
+    @property
+    def _responses_folder(self) -> Path:
+        raise NotImplementedError
+
+    def _save_records(self, directory: str) -> None:
+        raise NotImplementedError
+
+    # ---- Writing ----
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in Trainer; older checkpoints are deleted once the new one is known to be whole, and no earlier."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            remove_manifest(checkpoint)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with disk_full_explained(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:  # else before the push, see below
+            self._finish_checkpoint(checkpoint)
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._finish_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_checkpoint(self, checkpoint: str | os.PathLike) -> None:
+        self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
+        if self.args.should_save:
+            write_manifest(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Part of every checkpoint and of the final model, also with `save_only_model`; before a push would upload it
+        if self.args.should_save:
+            directory = output_dir or self.args.output_dir
+            os.makedirs(directory, exist_ok=True)
+            self.data_selector.save(directory, self._rows_fingerprint)
+            for part in (self.value_function, self.amortized_selector):
+                if part is not None:
+                    part.save(directory)
+            self._save_records(directory)
+            write_run_settings(directory, self.args)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.value_function is not None and self.args.should_save:
+            self.value_function.save_optimizer(output_dir)
+
+    # ---- Going on ----
+    def _choose_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
+        """The checkpoint to resume from, the same on all processes, or what Trainer makes of there being none."""
+        if not resume_from_checkpoint:
+            return None
+        chosen: list[str | bool | None] = [True]
+        error: list[ValueError | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                if resume_from_checkpoint is True or resume_from_checkpoint == LAST_INTACT:
+                    found = find_checkpoint(self.args.output_dir, skip_damaged=resume_from_checkpoint is not True)
+                    chosen = [True if found is None else str(found)]
+                else:
+                    if os.path.isdir(resume_from_checkpoint):
+                        check_checkpoint(resume_from_checkpoint)
+                    chosen = [os.fspath(resume_from_checkpoint)]
+            except ValueError as refused:
+                error = [refused]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+        return broadcast_object_list(chosen)[0]
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._dtypes_kept():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _dtypes_kept(self) -> Iterator[None]:
+        """PEFT loads adapters in fp32: a resumed run would take more memory, and go on otherwise than unbroken."""
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+        yield
+        for name, value in self.model.named_parameters():
+            if name in dtypes and value.dtype != dtypes[name]:
+                value.data = value.data.to(dtypes[name])
+
+    def _load_best_model(self) -> None:
+        check_checkpoint(self.state.best_model_checkpoint)
+        with self._dtypes_kept():
+            super()._load_best_model()
+        for part in (self.value_function, self.amortized_selector):
+            if part is not None:
+                part.load(self.state.best_model_checkpoint)
+        self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
+        if self.refiner is not None:
+            self._load_responses(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.value_function is not None:
+            self.value_function.rebind()
+        if checkpoint is not None:
+            self.data_selector.load(checkpoint, self._rows_fingerprint)
+            if self.refiner is not None:
+                self._load_responses(checkpoint)
+            elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():
+                raise ValueError(
+                    f"{checkpoint} was written with refined answers, which `refine_ratio=0` would drop. Resume with "
+                    "the `refine_ratio` of that run."
+                )
+            if self.amortized_selector is not None:
+                self.amortized_selector.load(checkpoint)
+            if self.value_function is not None:
+                self.value_function.load(checkpoint)
+                self.value_function.load_optimizer(checkpoint)
+
+    def _load_responses(self, checkpoint: str) -> None:
+        assert self.refiner is not None
+        store = ResponseStore.load(checkpoint, self._responses_folder, self.refiner.settings)
+        self.response_store.go_on_as(store)
