@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import DataSelector
 from trl_bilevel.batch_layout import PaddedLayout
+from trl_bilevel.checkpoint_files import write_manifest
 from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, optimizer_maker
 
 
@@ -66,28 +67,26 @@ def test_selector_follows_the_excess_loss(make_lora_trainer, monkeypatch):
 
     def record(rows, losses):
         updates.append((rows.clone(), losses.clone()))
-        if len(updates) == 2:  # before the model's second step
+        if len(updates) == 2:
             collator = trainer.data_collator
             order = {int(index): row for row, index in enumerate(trainer.train_dataset["bilevel_sample_index"])}
             batch = collator([trainer.train_dataset[order[int(row)]] for row in rows])
+            means = []
             with torch.no_grad():
-                own = trainer._forward(trainer.model, batch, PaddedLayout())[1].mean
-                kept = _adapter(trainer.model)
-                for name, value in trainer.model.named_parameters():
-                    if value.requires_grad:
-                        value.copy_(before_second_step[name])
-                others = trainer._forward(trainer.model, batch, PaddedLayout())[1].mean
-                for name, value in trainer.model.named_parameters():
-                    if value.requires_grad:
-                        value.copy_(kept[name])
-            updates.append(own - others)
+                # theta and theta-hat before their second step, and theta back as it is
+                for values in (*before_step, _adapter(trainer.model)):
+                    means.append(trainer._forward(trainer.model, batch, PaddedLayout())[1].mean)
+                    for name, value in trainer.model.named_parameters():
+                        if value.requires_grad:
+                            value.copy_(values[name])
+            updates.append(means[1] - means[2])
         update(rows, losses)
 
     fit = trainer._fit_value_function
-    before_second_step = {}
+    before_step = []
 
     def remember(value_function, inputs):
-        before_second_step.update(_value_function(trainer))
+        before_step[:] = [_adapter(trainer.model), {**_value_function(trainer)}]
         fit(value_function, inputs)
 
     monkeypatch.setattr(trainer.data_selector, "update", record)
@@ -297,6 +296,7 @@ def test_checkpoint_without_it_is_refused(make_lora_trainer):
     with pytest.raises(ValueError, match=f"{VALUE_FUNCTION_FILE_NAME} is damaged"):
         make_lora_trainer().train(resume_from_checkpoint=checkpoint)
     os.remove(path)
+    write_manifest(checkpoint)  # as if it had never been there
     with pytest.raises(FileNotFoundError, match="the value function cannot be restored"):
         make_lora_trainer().train(resume_from_checkpoint=checkpoint)
 
