@@ -1,6 +1,7 @@
 """Which questions are refined, what is kept of the responses, and how they reach the batches."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,49 @@ def test_a_refresh_that_falls_flat_leaves_the_earlier_answer(tmp_path):
     store.write_refresh(2, _table(_response(3, 2, tokens=[8], used=False, flaw="truncated")), parts=0)
     store.read_new_files(2)
     assert [response.completion_ids for response in store.responses_of(3, up_to_step=2)] == [[7]]
+
+
+def test_many_refreshes_give_what_a_search_through_all_of_them_does(tmp_path):
+    rng = np.random.default_rng(0)
+    store, rows = ResponseStore(tmp_path), range(12)
+    made = []
+    for step in range(3, 60, 3):
+        responses = [
+            _response(row, step, number, used=bool(rng.random() < 0.7), tokens=(step, row, number))
+            for row in rng.permutation(rows)[:5].tolist()
+            for number in range(2)
+        ]
+        store.write_refresh(step, _table(*responses), parts=0)
+        made += responses
+        if step % 9 == 0:  # some are read one by one, some together
+            store.read_new_files(step)
+    store.read_new_files(60)
+    worker = pickle.loads(pickle.dumps(store))
+    worker.read_new_files(60)
+    for up_to_step in range(62):
+        for row in [*rows, 1000, -(2**62)]:
+            used = [r for r in made if r["row"] == row and r["used"] and r["step"] <= up_to_step]
+            expected = [r["completion_ids"] for r in used if r["step"] == used[-1]["step"]]
+            for each in (store, worker):
+                assert [response.completion_ids for response in each.responses_of(row, up_to_step)] == expected
+        used = {r["row"] for r in made if r["step"] == up_to_step and r["used"]}
+        assert store.rows_refined_at(up_to_step) == sorted(used)
+
+
+def test_memory_of_many_refreshes_is_a_few_bytes_a_row(tmp_path):
+    store, num_rows, num_refreshes = ResponseStore(tmp_path), 2_000, 10
+    table = _table(*[_response(row, 0) for row in range(num_rows)])
+    for step in range(num_refreshes):
+        steps = pa.array([step] * num_rows)
+        store.write_refresh(step, table.set_column(1, "step", steps), parts=0)
+    tracemalloc.start()
+    try:
+        store.read_new_files(num_refreshes)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # two int64 and one int32 per row of each refresh, one of each per row; the rest does not depend on the rows
+    assert held < num_refreshes * num_rows * 20 + num_rows * 12 + num_refreshes * 4_000
 
 
 def test_checkpoint_brings_back_every_response(tmp_path):

@@ -66,8 +66,12 @@ class RefreshPlan(NamedTuple):
 class _Refresh(NamedTuple):
     step: int
     table: pa.Table
-    used: dict[int, list[int]]
-    """Lines of the table to use for a row."""
+    rows: np.ndarray
+    """Rows that use a response of this refresh, int64, ascending; a row occurs once for each response."""
+    lines: np.ndarray
+    """The line of the table that each of them uses, int64."""
+    previous: np.ndarray
+    """The refresh before this one that answered the same row, by its place in the list, -1 for none, int32."""
 
 
 class ResponseStore:
@@ -85,11 +89,14 @@ class ResponseStore:
         self.run = run
         self.folder = Path(parent) / f"{run}-{settings}"  # created with the first file
         self._refreshes: list[_Refresh] = []  # by step
+        # The R rows that have an answer, ascending, and the last refresh that gave it, by its place in the list
+        self._rows = np.empty(0, dtype=np.int64)  # (R,)
+        self._newest = np.empty(0, dtype=np.int32)  # (R,)
         self._read_up_to = -1  # a refresh no later than this is here, or will never be
 
     def __getstate__(self) -> dict[str, Any]:
         # To a data loading worker, which maps the files itself
-        return {"run": self.run, "folder": self.folder, "_refreshes": [], "_read_up_to": -1}
+        return {**vars(ResponseStore(self.folder.parent, self.run)), "folder": self.folder}
 
     def go_on_as(self, other: "ResponseStore") -> None:
         """Become another store, for all who hold this one."""
@@ -107,12 +114,19 @@ class ResponseStore:
         self._read_up_to = up_to_step
 
     def _add(self, step: int, table: pa.Table) -> None:
-        used: dict[int, list[int]] = {}
-        rows = table.column("row").to_numpy()
-        for line in np.flatnonzero(table.column("used").to_numpy()).tolist():
-            used.setdefault(int(rows[line]), []).append(line)
-        self._refreshes.append(_Refresh(step, table, used))
-        self._refreshes.sort(key=lambda refresh: refresh.step)
+        # Arrays, not dictionaries: these are as many numbers as all refreshes together had rows
+        lines = np.flatnonzero(table.column("used").to_numpy())
+        rows = table.column("row").to_numpy()[lines]
+        by_row = np.argsort(rows, kind="stable")
+        rows, lines = rows[by_row], lines[by_row]
+        all_rows = np.union1d(self._rows, rows)
+        newest = np.full(len(all_rows), -1, dtype=np.int32)
+        newest[np.searchsorted(all_rows, self._rows)] = self._newest
+        places = np.searchsorted(all_rows, rows)
+        previous = newest[places]
+        newest[places] = len(self._refreshes)
+        self._rows, self._newest = all_rows, newest
+        self._refreshes.append(_Refresh(step, table, rows, lines, previous))
 
     @property
     def last_step(self) -> int:
@@ -121,15 +135,23 @@ class ResponseStore:
 
     def responses_of(self, row: int, up_to_step: int) -> list[RefinedResponse]:
         """The responses to use for a row: the newest that were generated no later than a step. Empty: the original."""
-        for refresh in reversed(self._refreshes):
-            if refresh.step <= up_to_step and row in refresh.used:
+        place = int(np.searchsorted(self._rows, row))
+        number = int(self._newest[place]) if place < len(self._rows) and self._rows[place] == row else -1
+        while number >= 0:
+            refresh = self._refreshes[number]
+            start, stop = (int(np.searchsorted(refresh.rows, row, side)) for side in ("left", "right"))
+            if refresh.step <= up_to_step:
                 columns = [refresh.table.column(name) for name in RefinedResponse._fields]
-                return [RefinedResponse(*(column[line].as_py() for column in columns)) for line in refresh.used[row]]
+                return [
+                    RefinedResponse(*(column[line].as_py() for column in columns))
+                    for line in refresh.lines[start:stop].tolist()
+                ]
+            number = int(refresh.previous[start])
         return []
 
     def rows_refined_at(self, step: int) -> list[int]:
-        """Rows that got a new answer in the refresh at a step; none if there was no refresh."""
-        return [row for refresh in self._refreshes if refresh.step == step for row in refresh.used]
+        """Rows that got a new answer in the refresh at a step, ascending; none if there was no refresh."""
+        return [row for refresh in self._refreshes if refresh.step == step for row in np.unique(refresh.rows).tolist()]
 
     def table(self) -> pa.Table:
         """All responses, of the columns of `RESPONSE_SCHEMA`, oldest first."""
@@ -218,7 +240,7 @@ class ResponseStore:
         if not re.fullmatch(r"[0-9a-f]+", run):
             raise ValueError(f"{path} is damaged and cannot be read (it names the run {run!r}).")
         store = cls(parent, run, settings)
-        for step in table.column("step").unique().to_pylist():
+        for step in sorted(table.column("step").unique().to_pylist()):
             refresh = table.filter(pa.compute.equal(table.column("step"), step)).combine_chunks()
             path = store._refresh_path(step)
             if not path.is_file() or not pyarrow.feather.read_table(path).equals(refresh):
