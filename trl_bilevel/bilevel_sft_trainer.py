@@ -69,6 +69,7 @@ from .selector_updates import SelectorActivation
 from .self_refining_collator import SelfRefiningCollator
 from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
+from .weight_history import WeightHistory
 
 
 logger = get_logger(__name__)
@@ -223,6 +224,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             else None
         )
         self._training_metrics = TrainingMetrics()
+        self._weight_history = WeightHistory()
         self._run_facts = describe_run(args, self.model, train_dataset, trusted_rows, has_value_function)
         self._curated_repo_id: str | None = None  # once it was pushed
         self.response_store = ResponseStore(self._responses_folder)
@@ -418,6 +420,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             run = [secrets.token_hex(4)]
             broadcast_object_list(run)
             self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
+        self._weight_history = WeightHistory()  # whose time runs from now
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Data: training and validation rows in one batch ----
@@ -557,7 +560,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         )
 
     def _save_records(self, directory: str) -> None:
-        """What `trl-bilevel curate` and `push` need, without the model."""
+        """What `trl-bilevel curate`, `push` and `report` need, without the model."""
         os.makedirs(directory, exist_ok=True)
         if self.refiner is not None:
             self.response_store.save(directory)
@@ -565,6 +568,8 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             (Path(directory) / CHECKPOINT_FILE_NAME).unlink(missing_ok=True)
         if self.args.save_training_rows:
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
+        self._weight_history.record(self.state.global_step, self.data_selector)
+        self._weight_history.save(directory)
         # Last: what has scores is complete
         save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
 

@@ -17,7 +17,9 @@ from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refinement import Refiner
 from .run_settings import write_run_settings
+from .training_log import save_log
 from .value_function import ValueFunction
+from .weight_history import WeightHistory
 from .whole_files import disk_full_explained
 
 
@@ -30,6 +32,7 @@ class Checkpointing(SFTTrainer):
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
     response_store: ResponseStore
+    _weight_history: WeightHistory
     _rows_fingerprint: str
 
     @property
@@ -76,6 +79,8 @@ class Checkpointing(SFTTrainer):
                 if part is not None:
                     part.save(directory)
             self._save_records(directory)
+            if not _internal_call:  # a checkpoint has its own
+                save_log(directory, self.state)
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
@@ -128,6 +133,7 @@ class Checkpointing(SFTTrainer):
             if part is not None:
                 part.load(self.state.best_model_checkpoint)
         self.data_selector.load(self.state.best_model_checkpoint, self._rows_fingerprint)
+        self._weight_history.forget_after(self.state.best_global_step)
         if self.refiner is not None:
             self._load_responses(self.state.best_model_checkpoint)
 
@@ -137,6 +143,7 @@ class Checkpointing(SFTTrainer):
             self.value_function.rebind()
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
+            self._weight_history = WeightHistory.load(checkpoint)
             if self.refiner is not None:
                 self._load_responses(checkpoint)
             elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():

@@ -72,6 +72,13 @@ def _run_curate(options: list[str]) -> None:
     curate.main(*parser.parse_args_and_config(_named(options, "run_dir")))
 
 
+def _run_report(options: list[str]) -> None:
+    from .scripts import report
+
+    parser = report.make_parser(prog="trl-bilevel report")
+    report.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+
+
 def _named(options: list[str], *names: str) -> list[str]:
     """
     Options whose first values may stand without a name.
@@ -113,6 +120,7 @@ _COMMANDS = {
     "curate": (_run_curate, "write the curated dataset of a run, finished or interrupted"),
     "demo": (_run_demo, "find planted faults in a dataset: no network, no GPU, a few minutes"),
     "push": (_run_push, "publish the curated dataset of a run on the Hub"),
+    "report": (_run_report, "show what a run did, finished or interrupted, as one HTML page"),
     "score": (_run_score, "rank rows that were never trained on with the model of a finished run"),
     "sft": (_run_sft, "fine-tune with a trusted validation dataset; options as `trl sft`"),
 }

@@ -161,7 +161,7 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
         `ValueError`: if `keep_ratio` is out of range, or the files do not belong together.
     """
-    directory = _find_scores(run_dir)
+    directory = find_scores(run_dir)
     rows_folder = next(
         (
             folder / ROWS_FOLDER_NAME
@@ -239,14 +239,14 @@ def upload_command(
 
 def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
     """What [`describe_run`] said of a run on disk."""
-    return json.loads((_find_scores(run_dir) / FACTS_FILE_NAME).read_text())
+    return json.loads((find_scores(run_dir) / FACTS_FILE_NAME).read_text())
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
     return table.column(name).to_numpy()
 
 
-def _find_scores(run_dir: str | os.PathLike) -> Path:
+def find_scores(run_dir: str | os.PathLike) -> Path:
     """The folder with the newest scores of a run: its own, or, if it was interrupted, its last complete checkpoint."""
     directory = Path(run_dir)
     steps: dict[Path, int] = {}

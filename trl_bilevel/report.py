@@ -1,0 +1,284 @@
+"""
+The report of a run: one HTML page that needs nothing else, made of what the run left on disk.
+
+Much of it comes from the rows, so nothing is trusted: the template escapes every value, and the page's policy lets a
+browser run nothing and load nothing.
+"""
+
+import json
+import os
+import secrets
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from jinja2 import Environment, StrictUndefined
+
+from .dataset_card import column
+from .dataset_checks import resolve_sources
+from .report_figures import draw_curves, draw_weight_history
+from .report_rows import ReportRow, plain_text, report_rows
+from .run_records import FACTS_FILE_NAME, curate_run, find_scores, read_facts, source_ids
+from .training_log import TrainingLog, read_log
+from .weight_history import WeightHistory
+
+
+_NUM_ROWS = 10  # of each list
+_MOST_SOURCES = 50
+_MOST_REFRESHES = 20
+_LOSSES = {
+    "training_loss": "training rows",
+    "validation_loss": "trusted rows",
+    "eval_loss": "evaluation",
+    "loss": "objective",
+}
+_RATIOS = {
+    "refine/importance_ratio": "mean importance ratio",
+    "refine/clip_ratio": "share of tokens clipped",
+    "refine/effective_sample_ratio": "effective sample ratio",
+}
+_REFRESH_COLUMNS = {
+    "refine/questions": "questions",
+    "refine/response_length": "tokens of a response",
+    "refine/used_ratio": "used",
+    "refine/truncated_ratio": "truncated",
+    "refine/identical_ratio": "identical to the original",
+}
+
+
+class SourceCounts(NamedTuple):
+    """Rows of a source."""
+
+    name: str
+    rows: int
+    kept: int
+    dropped: int
+    refined: int
+    unscored: int
+    mean_weight: float
+
+
+def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, source_column: str | None = None) -> str:
+    """
+    The report of a run on disk as HTML; no model is loaded.
+
+    Args:
+        run_dir (`str` or `os.PathLike`): output folder of a run, finished or not, or a checkpoint.
+        keep_ratio (`float`, *optional*): share of the rows to count as kept, in (0, 1]; all by default.
+        source_column (`str`, *optional*): column of the rows to count them by; that of the run by default.
+
+    Raises:
+        `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
+        `TypeError` or `ValueError`: for options out of range, or files that are damaged or do not belong together.
+    """
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
+    directory = find_scores(run_dir)
+    scored = curate_run(directory)
+    facts = _facts(directory)
+    log = read_log(run_dir) or TrainingLog(0, 0, 0.0, [])
+    history = WeightHistory.load(directory)
+    source_column = source_column or facts["options"].get("source_column")
+    num_kept = len(scored) if keep_ratio is None else max(1, round(keep_ratio * len(scored)))
+    values = {
+        "name": plain_text(Path(os.path.abspath(run_dir)).name)[0],
+        "facts": facts,
+        "trusted_ids": source_ids(facts["validation"]),
+        "training_ids": source_ids(facts["training"]),
+        "options": {name: json.dumps(value) for name, value in facts["options"].items() if value is not None},
+        "log": log,
+        "keep_ratio": keep_ratio,
+        "counts": count_by_source(scored, num_kept, source_column),
+        "source_column": source_column,
+        "most_sources": _MOST_SOURCES,
+        "costs": _costs(log, history),
+        "first_step": history.first_step,
+        "refresh_columns": list(_REFRESH_COLUMNS.values()),
+        "refreshes": _refreshes(log),
+        **_weights(scored),
+        **_figures(log, history),
+        **_rows(scored, history),
+    }
+    template = resources.files("trl_bilevel").joinpath("cards/report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(values)
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    try:
+        return read_facts(directory)
+    except ValueError as error:
+        raise ValueError(
+            f"{directory / FACTS_FILE_NAME} is damaged and cannot be read ({error}). Give another checkpoint."
+        ) from error
+
+
+def write_report(page: str, path: str | os.PathLike) -> None:
+    """Write a page, whole or not at all; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def count_by_source(scored: Dataset, num_kept: int, source_column: str | None) -> list[SourceCounts]:
+    """
+    Counts of all rows, then those of each source, the one of the highest mean weight first.
+
+    Args:
+        scored (`datasets.Dataset`): all N rows with their scores.
+        num_kept (`int`): rows kept, those of the best rank.
+        source_column (`str`, *optional*): names the sources; `None` for all rows only.
+    """
+    kept = column(scored, "rank") <= num_kept
+    refined = column(scored, "response_source") == "refined"
+    unscored, weights = ~column(scored, "scored"), column(scored, "weight")
+    groups = {"all rows": np.ones(len(scored), dtype=bool)}
+    counts = [_count("all rows", groups["all rows"], kept, refined, unscored, weights)]
+    if source_column is None:
+        return counts
+    sources = resolve_sources(scored, source_column)
+    of_rows = sources.of_rows.numpy()
+    by_source = [
+        _count(plain_text(name, longest=80)[0], of_rows == number, kept, refined, unscored, weights)
+        for number, name in enumerate(sources.names.to_pylist())
+    ]
+    return counts + sorted(by_source, key=lambda source: -source.mean_weight)
+
+
+def _count(
+    name: str,
+    is_in: np.ndarray,
+    kept: np.ndarray,
+    refined: np.ndarray,
+    unscored: np.ndarray,
+    weights: np.ndarray,
+) -> SourceCounts:
+    num_rows, num_kept = int(is_in.sum()), int((is_in & kept).sum())
+    return SourceCounts(
+        name,
+        num_rows,
+        num_kept,
+        num_rows - num_kept,
+        int((is_in & refined).sum()),
+        int((is_in & unscored).sum()),
+        float(weights[is_in].mean()),
+    )
+
+
+def first_and_last_ranks(first_logits: np.ndarray, last_ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Ranks of rows at the first checkpoint and now, 1 the best, among those that were scored by the first.
+
+    Args:
+        first_logits (`numpy.ndarray`): of all rows, NaN where a row was not scored, shape (N,).
+        last_ranks (`numpy.ndarray`): of all rows now, shape (N,).
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: int64, shape (N,) each, 0 for rows that were not scored.
+
+    Example:
+
+    ```python
+    >>> first_and_last_ranks(np.array([0.5, np.nan, 2.0, -1.0]), np.array([1, 2, 4, 3]))
+    (array([2, 0, 1, 3]), array([1, 0, 3, 2]))
+
+    ```
+    """
+    known = np.flatnonzero(~np.isnan(first_logits))
+    first, last = np.zeros((2, len(last_ranks)), dtype=np.int64)
+    first[known[np.argsort(-first_logits[known], kind="stable")]] = np.arange(1, len(known) + 1)
+    last[known[np.argsort(last_ranks[known])]] = np.arange(1, len(known) + 1)
+    return first, last
+
+
+def _weights(scored: Dataset) -> dict[str, Any]:
+    weights = column(scored, "weight")
+    return {
+        "num_rows": len(scored),
+        "effective_sample_ratio": weights.sum() ** 2 / (len(weights) * np.square(weights).sum()),
+        "quantiles": dict(zip((0, 5, 25, 50, 75, 95, 100), np.percentile(weights, [0, 5, 25, 50, 75, 95, 100]))),
+    }
+
+
+def _rows(scored: Dataset, history: WeightHistory) -> dict[str, Any]:
+    rank, refined = column(scored, "rank"), column(scored, "response_source") == "refined"
+    best_first = np.argsort(rank)
+    changed: list[ReportRow] = []
+    num_compared = 0
+    if len(history.steps) > 1:
+        first, last = first_and_last_ranks(history.first_logits, rank)
+        num_compared = int((first > 0).sum())
+        change = np.abs(last - first)
+        most = np.lexsort((rank, -change))[:_NUM_ROWS]
+        most = most[change[most] > 0]
+        changed = report_rows(scored, most.tolist(), {row: (int(first[row]), int(last[row])) for row in most.tolist()})
+    return {
+        "best": report_rows(scored, best_first[:_NUM_ROWS].tolist()),
+        "worst": report_rows(scored, best_first[::-1][:_NUM_ROWS].tolist()),
+        "changed": changed,
+        "num_compared": num_compared,
+        "refined": report_rows(scored, best_first[refined[best_first]][:_NUM_ROWS].tolist()),
+    }
+
+
+def _figures(log: TrainingLog, history: WeightHistory) -> dict[str, str | None]:
+    losses = {label: log.series(name) for name, label in _LOSSES.items() if log.series(name)[0]}
+    shares = {"lambda, weight of the trusted rows": log.series("validation_weight")}
+    ratios = {label: log.series(name) for name, label in _RATIOS.items() if log.series(name)[0]}
+    mean = {label: curve for label, curve in ratios.items() if label.startswith("mean")}
+    others = {label: curve for label, curve in ratios.items() if label not in mean}
+    return {
+        "loss_figure": draw_curves([("loss", losses), ("lambda", shares)]) if losses else None,
+        "weight_figure": draw_weight_history(history) if len(history.steps) else None,
+        "ratio_figure": draw_curves([("mean importance ratio", mean), ("share", others)]) if ratios else None,
+    }
+
+
+def _costs(log: TrainingLog, history: WeightHistory) -> dict[str, str]:
+    tokens = log.last("num_tokens")
+    costs = {"optimizer steps": f"{log.global_step:,} of {log.max_steps:,}", "epochs": f"{log.epoch:.2f}"}
+    if tokens is not None:
+        costs["tokens read by the model"] = f"{tokens:,.0f}"
+    if len(history.seconds):
+        seconds = float(history.seconds[-1])
+        costs["time"] = duration(seconds)
+        if history.steps[-1] > 0:
+            costs["time per optimizer step"] = f"{seconds / history.steps[-1]:.3g} s"
+        if tokens is not None and log.global_step == history.steps[-1]:
+            costs["tokens per second"] = f"{tokens / seconds:,.0f}"
+    return costs
+
+
+def _refreshes(log: TrainingLog) -> list[tuple[int, list[str]]]:
+    found = [entry for entry in log.entries if "refine/questions" in entry][-_MOST_REFRESHES:]
+    return [
+        (entry["step"], [_number(entry[name], is_share=name.endswith("_ratio")) for name in _REFRESH_COLUMNS])
+        for entry in found
+    ]
+
+
+def _number(value: float, is_share: bool) -> str:
+    return f"{value:.1%}" if is_share else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """
+    Example:
+
+    ```python
+    >>> duration(7.04), duration(754), duration(93_784)
+    ('7.0 s', '12 min 34 s', '26 h 3 min')
+
+    ```
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

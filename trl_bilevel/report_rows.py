@@ -1,0 +1,134 @@
+"""Rows as a page shows them: short, and without characters that a reader would not see."""
+
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
+from .refined_rows import ORIGINAL_COLUMN
+
+
+LONGEST_TEXT = 600  # characters
+_MOST_ITEMS = 8  # of a list: messages, tools
+_MOST_TOKENS = 60
+_MOST_COLUMNS = 10
+# Invisible, but what joins letters of many scripts, and emoji
+_JOINERS = "\u200c\u200d"
+
+
+class Field(NamedTuple):
+    """A part of a row, plain text: whoever puts it into a page escapes it."""
+
+    name: str
+    text: str
+    note: str
+    """What was left out, empty if nothing was."""
+
+
+class ReportRow(NamedTuple):
+    """A row with its score."""
+
+    sample_id: str
+    weight: float
+    rank: int
+    scored: bool
+    is_refined: bool
+    fields: list[Field]
+    original: list[Field]
+    """The answer that a refined one replaced."""
+    ranks: tuple[int, int] | None = None
+    """At the first checkpoint and now, among the rows scored by then; `None` where it is of no interest."""
+
+
+def plain_text(value: Any, longest: int = LONGEST_TEXT) -> tuple[str, str]:
+    """
+    Text for a page and a note of what was left out; control characters are shown as U+FFFD.
+
+    Args:
+        value (`Any`): of a cell.
+        longest (`int`): characters to show.
+
+    Example:
+
+    ```python
+    >>> plain_text("tab\\tand\\x00 bell\\x07", longest=9)
+    ('tab\\tand\\ufffd ', 'the first 9 of 14 characters')
+
+    ```
+    """
+    text = value if isinstance(value, str) else "" if value is None else str(value)
+    note = "" if len(text) <= longest else f"the first {longest:,} of {len(text):,} characters"
+    shown = [
+        character if character.isprintable() or character in "\n\t" + _JOINERS else "\ufffd"
+        for character in text[:longest].replace("\r\n", "\n")
+    ]
+    return "".join(shown), note
+
+
+def cell_fields(name: str, value: Any) -> list[Field]:
+    """
+    A cell as fields: each message of a conversation is one.
+
+    Example:
+
+    ```python
+    >>> cell_fields("messages", [{"role": "user", "content": "Hi"}])
+    [Field(name='messages: user', text='Hi', note='')]
+    >>> cell_fields("input_ids", [7, 8, 9])
+    [Field(name='input_ids', text='7 8 9', note='')]
+
+    ```
+    """
+    label = plain_text(name, longest=60)[0]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        found = []
+        for message in value[:_MOST_ITEMS]:
+            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+            is_message = isinstance(role, str) and isinstance(content, str)
+            title = f"{label}: {plain_text(role, longest=20)[0]}" if is_message else label
+            found.append(Field(title, *plain_text(content if is_message else message)))
+        if len(value) > _MOST_ITEMS:
+            found.append(Field(label, "…", f"the first {_MOST_ITEMS} of {len(value):,} entries"))
+        return found
+    if isinstance(value, list):
+        text, note = plain_text(" ".join(str(item) for item in value[:_MOST_TOKENS]))
+        if len(value) > _MOST_TOKENS:
+            note = f"the first {_MOST_TOKENS} of {len(value):,} entries"
+        return [Field(label, text, note)]
+    return [Field(label, *plain_text(value))]
+
+
+def report_rows(
+    scored: Dataset, indices: list[int], ranks: dict[int, tuple[int, int]] | None = None
+) -> list[ReportRow]:
+    """
+    Some rows, in the order given.
+
+    Args:
+        scored (`datasets.Dataset`): all rows with their scores, see [`~trl_bilevel.curation.curate_dataset`].
+        indices (`list[int]`): which.
+        ranks (`dict[int, tuple]`, *optional*): of those rows, at the first checkpoint and now.
+    """
+    own_columns = [name for name in scored.column_names if name not in (SAMPLE_ID_COLUMN, *CURATION_COLUMNS)]
+    rows = []
+    for index in indices:
+        row = scored[index]
+        parts: list[Field] = []
+        for name in own_columns[:_MOST_COLUMNS]:
+            parts += cell_fields(name, row[name])
+        if len(own_columns) > _MOST_COLUMNS:
+            parts.append(Field("…", "", f"the first {_MOST_COLUMNS} of {len(own_columns)} columns"))
+        is_refined = row["response_source"] == "refined"
+        rows.append(
+            ReportRow(
+                plain_text(row[SAMPLE_ID_COLUMN], longest=80)[0],
+                row["weight"],
+                row["rank"],
+                row["scored"],
+                is_refined,
+                parts,
+                cell_fields(ORIGINAL_COLUMN, row[ORIGINAL_COLUMN]) if is_refined else [],
+                None if ranks is None else ranks[index],
+            )
+        )
+    return rows

@@ -1,0 +1,50 @@
+"""
+`trl-bilevel report`: what a run did, finished or interrupted, as one HTML page. No model is loaded.
+
+```bash
+trl-bilevel report Qwen3-0.6B-BilevelSFT --keep_ratio 0.7 --output report.html
+```
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+
+@dataclass
+class ReportArguments:
+    """
+    Arguments of the script.
+
+    Args:
+        run_dir (`str`): output folder, or a checkpoint, of a run; also the first argument without a name.
+        output (`str`): file to write. It shows rows of the dataset.
+        keep_ratio (`float`, *optional*): share of the rows to count as kept, in (0, 1]; all of them by default.
+        source_column (`str`, *optional*): column to count the rows by; that of the run by default.
+    """
+
+    run_dir: str = field(default="", metadata={"help": "Output folder, or a checkpoint, of a run."})
+    output: str = field(default="report.html", metadata={"help": "File to write."})
+    keep_ratio: float | None = field(default=None, metadata={"help": "Share of the rows to count as kept, in (0, 1]."})
+    source_column: str | None = field(
+        default=None, metadata={"help": "Column to count the rows by; that of the run by default."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            raise ValueError("`--run_dir` is missing.")
+
+
+def main(args: ReportArguments) -> None:
+    from trl_bilevel.report import build_report, write_report
+
+    try:
+        write_report(build_report(args.run_dir, args.keep_ratio, args.source_column), args.output)
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"trl-bilevel report: {error}")
+    print(f"📄 Report saved to {args.output}.")
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser(ReportArguments, prog=prog)

@@ -1,0 +1,64 @@
+"""What was logged during a run, on disk: Trainer writes it to checkpoints only."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .whole_files import write_whole
+
+
+FILE_NAME = f"_{TRAINER_STATE_NAME}"
+"""In the output folder; Trainer does not push files of such names."""
+
+
+class TrainingLog(NamedTuple):
+    """What was logged up to an optimizer step, as in `TrainerState`."""
+
+    global_step: int
+    max_steps: int
+    epoch: float
+    entries: list[dict[str, Any]]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps at which something was logged, and its values."""
+        found = [(entry["step"], entry[name]) for entry in self.entries if name in entry]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, name: str) -> float | None:
+        """What was logged last under a name."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
+
+
+def save_log(directory: str | os.PathLike, state: TrainerState) -> None:
+    """Write the log to `_trainer_state.json` in an existing directory, whole or not at all."""
+    write_whole(Path(directory) / FILE_NAME, lambda partial: state.save_to_json(str(partial)))
+
+
+def read_log(directory: str | os.PathLike) -> TrainingLog | None:
+    """
+    The newest log in a folder, of a run or a checkpoint; `None` if there is none.
+
+    Raises:
+        `ValueError`: if a file is damaged.
+    """
+    folder = Path(directory)
+    paths = [folder / TRAINER_STATE_NAME, folder / FILE_NAME]
+    paths += folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    logs = [_read(path) for path in paths if path.is_file()]
+    return max(logs, key=lambda log: log.global_step, default=None)
+
+
+def _read(path: Path) -> TrainingLog:
+    try:
+        state = json.loads(path.read_text())
+        return TrainingLog(state["global_step"], state["max_steps"], state["epoch"] or 0.0, state["log_history"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged and cannot be read ({error}). Delete its folder, or give an earlier checkpoint."
+        ) from error
