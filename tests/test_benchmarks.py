@@ -196,3 +196,48 @@ def test_planted_faults_runs_every_method_once_and_prints_the_tables(tmp_path, c
 @pytest.mark.parametrize(("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, None], "-")])
 def test_spread_over_seeds(values, text):
     assert _load("planted_faults")._spread(values) == text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_soak(tmp_path, capsys, monkeypatch):
+    benchmark = _load("soak")
+    options = {"output_dir": str(tmp_path), "sample_every": 2, "refresh_every": 8, "num_train_rows": 64}
+    options |= {"eval_every": 10, "save_every": 10, "figure": str(tmp_path / "soak.png")}
+
+    class Killed(Exception):
+        pass
+
+    def write(self, step, write=benchmark.Sampler._write):
+        if step == 16:
+            raise Killed
+        write(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.Sampler, "_write", write)
+        with pytest.raises(Killed):
+            benchmark.main(benchmark.BenchmarkArguments(num_steps=30, **options))
+    benchmark.main(benchmark.BenchmarkArguments(num_steps=30, **options))
+    benchmark.main(benchmark.BenchmarkArguments(num_steps=20, plain=True, **options))
+    printed = capsys.readouterr().out
+    for text in (*benchmark.COLUMNS, *benchmark.QUANTITIES.values(), "SFTTrainer, 20 steps", "Trainer, 30 steps"):
+        assert text in printed
+    samples = benchmark.read_samples(tmp_path / "BilevelSFTTrainer" / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == list(range(2, 31, 2))  # each once, though 12 and 14 ran twice
+    assert [sample["process"] for sample in samples] == [1] * 5 + [2] * 10
+    assert all(sample["open_files"] > 2 and sample["threads"] > 0 and sample["step_ms"] > 0 for sample in samples)
+    assert [sample["step"] for sample in samples if sample["in_use_mib"]] == [20]
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_soak_finds_a_planted_leak():
+    robust_slope = _load("soak").robust_slope
+    rng = np.random.default_rng(0)
+    steps = np.arange(20.0, 4001, 20)
+    noise = rng.normal(0, 0.5, len(steps))
+    noise[rng.permutation(len(steps))[:40]] += 300  # a fifth are outliers
+    restarted = np.where(steps > 2000, 2, 1)
+    memory = 400 + 0.002 * steps - 150 * (restarted == 2) + noise  # 2 MiB per 1,000 steps; a restart gives back 150
+    assert robust_slope(steps, memory, restarted) == pytest.approx(2, abs=0.5)
+    assert robust_slope(steps, memory - 0.002 * steps, restarted) == pytest.approx(0, abs=0.5)
+    assert robust_slope(steps, np.full(len(steps), 8.0), restarted) == 0
+    assert np.isnan(robust_slope(steps[:1], memory[:1], restarted[:1]))
