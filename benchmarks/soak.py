@@ -12,7 +12,8 @@ python benchmarks/soak.py --figure docs/figures/soak.png
 
 The table and the figure show what is in `output_dir`, both runs if there are two. A run that was killed goes on from
 its last checkpoint when it is started again; slopes are taken inside a process, as a new one starts with other memory.
-Needs Linux with glibc, whose allocator keeps freed pages for a while: "in use" is what is left once it gave them back.
+Allocators keep freed pages for a while: memory "in use" is what is left once glibc's and Arrow's gave them back. Needs
+Linux with glibc.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow
 import torch
 import transformers
 from datasets import disable_progress_bars
@@ -53,14 +55,15 @@ QUANTITIES = {
     "in_use_mib": "of it in use, MiB",
     "open_files": "open files",
     "threads": "threads",
-    "step_ms": "step, ms",
-    "refresh_ms": "refresh, ms",
-    "evaluate_ms": "evaluation, ms",
-    "save_ms": "checkpoint, ms",
+    "step_ms": "step, ms on the clock",
+    "step_cpu_ms": "step, ms of CPU time",
+    "refresh_ms": "refresh, ms of CPU time",
+    "evaluate_ms": "evaluation, ms of CPU time",
+    "save_ms": "checkpoint, ms of CPU time",
     "disk_mib": "disk, MiB",
 }
 _TRIM_EVERY = 10  # samples
-COLUMNS = ("", "first third", "middle third", "last third", "slope per 1,000 steps")
+COLUMNS = ("", "first third", "middle third", "last third", "slope per 1,000 steps, second half")
 
 
 @dataclass
@@ -75,6 +78,7 @@ class BenchmarkArguments:
         refresh_every (`int`): steps between refreshes of 5 % of the answers; the first is after as many.
         eval_every (`int`): steps between evaluations.
         save_every (`int`): steps between checkpoints.
+        logging_steps (`int`): steps between logs, which transformers keeps in memory and in each checkpoint.
         num_train_rows (`int`): training rows.
         num_workers (`int`): data loading workers.
         plain (`bool`): run `SFTTrainer` instead.
@@ -87,10 +91,16 @@ class BenchmarkArguments:
     refresh_every: int = 50
     eval_every: int = 200
     save_every: int = 250
+    logging_steps: int = 10
     num_train_rows: int = 2000
     num_workers: int = 0
     plain: bool = False
     figure: str | None = None
+
+
+def _now() -> np.ndarray:
+    """Seconds on the clock, and of CPU time of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 class Clock:
@@ -98,14 +108,15 @@ class Clock:
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.seconds: list[float] = []  # of the calls since the last sample
-        self.total = 0.0
+        self.seconds: list[float] = []  # of CPU time of the calls since the last sample
+        self.total = np.zeros(2)  # of all calls, as `_now`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = _now()
         result = self.function(*args, **kwargs)
-        self.seconds.append(time.perf_counter() - start)
-        self.total += self.seconds[-1]
+        taken = _now() - start
+        self.seconds.append(taken[1])
+        self.total = self.total + taken
         return result
 
 
@@ -125,22 +136,23 @@ class Sampler(TrainerCallback):
         self.clocks = clocks
         self._libc = ctypes.CDLL(None)
         self._process = 1 + max((sample["process"] for sample in read_samples(path)), default=0)
-        self._steps: list[float] = []
-        self._last = 0.0  # end of the last step
-        self._between = 0.0  # seconds of the clocks until then
+        self._steps: list[np.ndarray] = []
+        self._last = _now()  # end of the last step
+        self._between = np.zeros(2)  # seconds of the clocks until then
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last = time.perf_counter()
+        self._last = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        between = sum(clock.total for clock in self.clocks.values())
-        self._steps.append(time.perf_counter() - self._last - (between - self._between))
+        between = sum((clock.total for clock in self.clocks.values()), np.zeros(2))
+        self._steps.append(_now() - self._last - (between - self._between))
         if state.global_step % self.every == 0:
             self._write(state.global_step)
-        self._last, self._between = time.perf_counter(), between
+        self._last, self._between = _now(), between
 
     def _write(self, step: int) -> None:
         status = _process_status()
+        step_ms, step_cpu_ms = 1000 * np.median(self._steps, axis=0)
         sample: dict[str, float | None] = {
             "process": self._process,
             "step": step,
@@ -148,7 +160,8 @@ class Sampler(TrainerCallback):
             "in_use_mib": None,
             "open_files": len(os.listdir("/proc/self/fd")),
             "threads": int(status["Threads"]),
-            "step_ms": 1000 * statistics.median(self._steps),
+            "step_ms": step_ms,
+            "step_cpu_ms": step_cpu_ms,
             "disk_mib": sum(path.stat().st_size for path in self.path.parent.rglob("*") if path.is_file()) / 2**20,
         }
         for name, clock in self.clocks.items():
@@ -156,6 +169,7 @@ class Sampler(TrainerCallback):
             clock.seconds.clear()
         self._steps.clear()
         if step % (_TRIM_EVERY * self.every) == 0:
+            pyarrow.default_memory_pool().release_unused()
             self._libc.malloc_trim(0)
             sample["in_use_mib"] = _mib(_process_status()["RssAnon"])
         with self.path.open("a") as file:
@@ -236,7 +250,7 @@ def _make_trainer(args: BenchmarkArguments, folder: Path) -> SFTTrainer:
         "eval_steps": args.eval_every,
         "save_steps": args.save_every,
         "save_total_limit": 2,
-        "logging_steps": 10,
+        "logging_steps": args.logging_steps,
         "dataloader_num_workers": args.num_workers,
         "use_cpu": True,
         "bf16": False,
@@ -273,7 +287,7 @@ def _make_trainer(args: BenchmarkArguments, folder: Path) -> SFTTrainer:
 
 
 def make_table(name: str, samples: list[dict[str, Any]]) -> Table:
-    """What was sampled in the first, middle and last third of the steps (medians), and its slope after a tenth."""
+    """What was sampled in the first, middle and last third of the steps (medians), and its slope in the end."""
     table = Table(title=f"{name}, {samples[-1]['step']:,} steps", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
@@ -287,7 +301,7 @@ def make_table(name: str, samples: list[dict[str, Any]]) -> Table:
         )
         third = np.ceil(3 * steps / last_step)  # 1, 2 or 3
         medians = [f"{np.median(values[third == part]):,.1f}" if (third == part).any() else "-" for part in (1, 2, 3)]
-        settled = steps > last_step / 10
+        settled = steps > last_step / 2
         slope = robust_slope(steps[settled], values[settled], processes[settled])
         table.add_row(label, *medians, "-" if np.isnan(slope) else f"{slope:+.2f}")
     return table
@@ -297,14 +311,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw memory, open files and step time of the runs, and save them as a PNG."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     colors = {BILEVEL: "#2a78b5", PLAIN: "#8a8a8a"}
-    for axes, quantity in zip(figure.subplots(1, 3), ("rss_anon_mib", "open_files", "step_ms"), strict=True):
+    for axes, quantity in zip(figure.subplots(1, 3), ("rss_anon_mib", "open_files", "step_cpu_ms"), strict=True):
         for name, samples in runs.items():
             steps = [sample["step"] for sample in samples]
             axes.plot(steps, [sample[quantity] for sample in samples], label=name, color=colors[name], linewidth=1.2)
             if quantity == "rss_anon_mib":
                 taken = [(sample["step"], sample["in_use_mib"]) for sample in samples if sample["in_use_mib"]]
                 axes.plot(*zip(*taken), label=f"{name}, in use", color=colors[name], linestyle=":", marker=".")
-        axes.set(xlabel="optimizer step", ylabel=QUANTITIES[quantity], ylim=(0, None))
+        axes.set(xlabel="optimizer step", ylabel=QUANTITIES[quantity])
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, loc="lower right", fontsize="small")
@@ -318,7 +333,7 @@ def main(args: BenchmarkArguments) -> None:
     disable_progress_bars()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))))
     train(args)
-    console = Console(width=100)
+    console = Console(width=110)
     console.print(f"{torch.get_num_threads()} thread(s); {args}")
     runs = {name: read_samples(Path(args.output_dir) / name / SAMPLES_FILE_NAME) for name in (BILEVEL, PLAIN)}
     runs = {name: samples for name, samples in runs.items() if samples}

@@ -27,7 +27,7 @@ from .weight_history import WeightHistory
 
 _NUM_ROWS = 10  # of each list
 _MOST_SOURCES = 50
-_MOST_REFRESHES = 20
+_MOST_REFRESHES = 10
 _LOSSES = {
     "training_loss": "training rows",
     "validation_loss": "trusted rows",

@@ -36,6 +36,8 @@ def draw_curves(panels: Sequence[tuple[str, Mapping[str, Series]]]) -> str:
             marker = "o" if len(steps) < 30 else None
             axes.plot(steps[shown], values[shown], label=name, color=color, marker=marker, markersize=3, linewidth=1.3)
         axes.set(xlabel="optimizer step", ylabel=label)
+        if all(0 <= value <= 1 for _, values in curves.values() for value in values):
+            axes.set_ylim(-0.03, 1.05)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

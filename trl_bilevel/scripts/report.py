@@ -42,7 +42,7 @@ def main(args: ReportArguments) -> None:
     try:
         write_report(build_report(args.run_dir, args.keep_ratio, args.source_column), args.output)
     except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"trl-bilevel report: {error}")
+        sys.exit(f"trl-bilevel report: {' '.join(str(error).split())}")  # one line
     print(f"📄 Report saved to {args.output}.")
 
 
