@@ -7,7 +7,6 @@ browser run nothing and load nothing.
 
 import json
 import os
-import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from .report_rows import ReportRow, plain_text, report_rows
 from .run_records import FACTS_FILE_NAME, curate_run, find_scores, read_facts, source_ids
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
+from .whole_files import write_whole
 
 
 _NUM_ROWS = 10  # of each list
@@ -119,12 +119,7 @@ def write_report(page: str, path: str | os.PathLike) -> None:
     """Write a page, whole or not at all; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def count_by_source(scored: Dataset, num_kept: int, source_column: str | None) -> list[SourceCounts]:
