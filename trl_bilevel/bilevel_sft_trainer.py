@@ -50,13 +50,15 @@ from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
-from .refinement import Refiner, model_log_probs
+from .refinement import Refiner
 from .response_checks import RewardFunc, check_reward_funcs
 from .response_generation import (
     ResponseGenerator,
     TransformersGenerator,
     VLLMGenerator,
     context_length,
+    log_prob_batches,
+    model_log_probs,
     ready_to_generate,
 )
 from .run_records import (
@@ -366,6 +368,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
                 "`use_vllm=True` is not supported with a quantized model: sending the weights over merges the adapter "
                 "into the base and out again, which changes a quantized base. Use `use_vllm=False`."
             )
+        self._log_prob_batches = log_prob_batches(args.per_device_train_batch_size + self.validation_batch_size)
         batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
         generator: ResponseGenerator
         if args.use_vllm:
@@ -393,7 +396,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
                 examples,
                 padded(self.data_collator),
                 lambda batch: self._forward(self.model, self._prepare_inputs(batch), PaddedLayout())[0],
-                batch_size=self.args.per_device_train_batch_size + self.validation_batch_size,
+                self._log_prob_batches,
             )
 
     def _optimizer_recipe(self) -> tuple[Any, dict[str, Any]]:

@@ -382,30 +382,6 @@ def refresh_metrics(responses: pa.Table) -> dict[str, float]:
     }
 
 
-def model_log_probs(
-    examples: list[dict[str, list[int]]],
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    forward: Callable[[dict[str, Any]], Any],
-    batch_size: int,
-) -> list[list[float]]:
-    """
-    Log-probabilities of the labelled tokens of each example, in nats, computed as training computes them.
-
-    Args:
-        examples (`list[dict]`): `input_ids` and `labels`.
-        collator (`Callable`): makes a batch.
-        forward (`Callable`): the model's outputs for a batch, with `log_probs` and `label_mask`, each (B, L-1).
-        batch_size (`int`): examples per forward pass.
-    """
-    log_probs: list[list[float]] = []
-    for start in range(0, len(examples), batch_size):
-        batch = collator(examples[start : start + batch_size])
-        outputs = forward(batch)
-        for values, mask in zip(outputs.log_probs.float().cpu(), outputs.label_mask.cpu(), strict=True):
-            log_probs.append(values[mask].tolist())
-    return log_probs
-
-
 def mean_log_prob(log_probs: pa.ListScalar) -> float:
     """Mean over the tokens of a response, in nats."""
     return log_probs.values.to_numpy().astype(np.float64).mean().item()

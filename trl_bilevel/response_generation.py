@@ -1,6 +1,7 @@
 """Generating responses with the model that is being trained, or with vLLM, and leaving the training as it was."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
+from .fitting_batches import FittingBatches
 from .refinement_config import RefinementConfig
 
 
@@ -88,6 +90,8 @@ class TransformersGenerator:
         self.context_length = context_length(model)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.stop_ids = stop_ids
+        cure = "Lower `refine_max_new_tokens` or `num_refined_responses`."
+        self._batches = FittingBatches(sys.maxsize, "generation", cure)  # whole calls, until one does not fit
         # A load-balancing loss is for training; with a KV cache it cannot even be computed
         has_router = "output_router_logits" in model.config.get_text_config().to_dict()
         self.model_options = {"output_router_logits": False} if has_router else {}
@@ -107,7 +111,19 @@ class TransformersGenerator:
         )
 
     def generate(self, prompts: list[list[int]], seed: int) -> list[list[int]]:
-        """See [`ResponseGenerator`]; `seed` makes the same prompts give the same responses."""
+        """
+        See [`ResponseGenerator`]; `seed` makes the same prompts give the same responses.
+
+        Prompts that do not fit into memory together are answered in smaller batches, and so are all later ones.
+        Sampled responses are then others than those of one batch, just as likely ones.
+        """
+
+        def answer(batch: Sequence[list[int]], number: int) -> list[list[int]]:
+            return self._generate(batch, seed if number == 0 else batch_seed(seed, 0, number))
+
+        return self._batches.run(answer, prompts)
+
+    def _generate(self, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
         device = self.model.device
         inputs = [torch.tensor(prompt, device=device) for prompt in prompts]
         input_ids = pad(inputs, padding_value=self.pad_token_id, padding_side="left")  # (P, L)
@@ -132,6 +148,35 @@ class TransformersGenerator:
             if token in self.stop_ids:
                 return tokens[: position + 1]
         return tokens
+
+
+def model_log_probs(
+    examples: list[dict[str, list[int]]],
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    forward: Callable[[dict[str, Any]], Any],
+    batches: FittingBatches,
+) -> list[list[float]]:
+    """
+    Log-probabilities of the labelled tokens of each example, in nats, computed as training computes them.
+
+    Args:
+        examples (`list[dict]`): `input_ids` and `labels`.
+        collator (`Callable`): makes a batch.
+        forward (`Callable`): the model's outputs for a batch, with `log_probs` and `label_mask`, each (B, L-1).
+        batches ([`~trl_bilevel.fitting_batches.FittingBatches`]): examples per forward pass.
+    """
+
+    def of_batch(batch: Sequence[dict[str, list[int]]], number: int) -> list[list[float]]:
+        outputs = forward(collator(list(batch)))
+        rows = zip(outputs.log_probs.float().cpu(), outputs.label_mask.cpu(), strict=True)
+        return [values[mask].tolist() for values, mask in rows]
+
+    return batches.run(of_batch, examples)
+
+
+def log_prob_batches(size: int) -> FittingBatches:
+    """Of examples for [`model_log_probs`]."""
+    return FittingBatches(size, "the forward pass over responses", "Lower `refine_max_new_tokens` or `max_length`.")
 
 
 class VLLMGenerator:

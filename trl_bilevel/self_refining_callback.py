@@ -15,10 +15,17 @@ from trl import SFTConfig
 
 from .refine_prompts import Question, QuestionReader, check_refinable, stop_token_ids
 from .refined_responses import CHECKPOINT_FILE_NAME, FOLDER_NAME, ResponseStore
-from .refinement import Candidates, Refiner, is_refresh_due, model_log_probs, refresh_metrics
+from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .refinement_config import RefinementConfig
 from .response_checks import RewardFunc, check_reward_funcs
-from .response_generation import TransformersGenerator, context_length, is_sharded, ready_to_generate
+from .response_generation import (
+    TransformersGenerator,
+    context_length,
+    is_sharded,
+    log_prob_batches,
+    model_log_probs,
+    ready_to_generate,
+)
 from .self_refining_collator import SelfRefiningCollator
 
 
@@ -116,14 +123,14 @@ class SelfRefiningCallback(TrainerCallback):
         batch_size = self.config.refine_batch_size or 4 * args.per_device_train_batch_size
         stop_ids = stop_token_ids(tokenizer, model.generation_config.eos_token_id, None, dataset.with_format(None)[0])
 
+        log_probs_at_a_time = log_prob_batches(args.per_device_train_batch_size)
+
         def log_probs_of(examples: list[dict[str, list[int]]]) -> list[list[float]]:
             def forward(batch: dict[str, Any]) -> Any:
                 return model(**send_to_device(batch, model.device), use_cache=False, fused_lm_head=True)
 
             with ready_to_generate(model):
-                return model_log_probs(
-                    examples, self.collator.data_collator, forward, args.per_device_train_batch_size
-                )
+                return model_log_probs(examples, self.collator.data_collator, forward, log_probs_at_a_time)
 
         self._refiner = Refiner(
             self.config,
