@@ -7,6 +7,7 @@ With a PEFT adapter theta-hat is a second set of values for the adapter's parame
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,13 +145,17 @@ class ValueFunction:
         write_whole(Path(directory) / OPTIMIZER_FILE_NAME, lambda partial: torch.save(state, partial))
 
     def load_optimizer(self, directory: str | os.PathLike) -> None:
-        """Restore what `save_optimizer` wrote."""
+        """Restore what `save_optimizer` wrote. Raises `ValueError` for a damaged file, or one with more than tensors."""
         path = Path(directory) / OPTIMIZER_FILE_NAME
         if not path.is_file():
             # As Trainer does for the model's own optimizer, after `save_only_model`
             logger.warning(f"{path} does not exist: the value function's optimizer starts anew.")
             return
-        self._optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as the state of an optimizer ({error}).") from error
+        self._optimizer.load_state_dict(state)
 
 
 def load_value_function(directory: str | os.PathLike, model: torch.nn.Module) -> ValueFunction | None:
