@@ -8,6 +8,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
+from .plain_text import has_control_tokens, tokenize_as_text
 from .response_checks import RewardFunc, sum_rewards
 
 
@@ -172,6 +173,9 @@ class QuestionReader:
         )
 
     def _tokens(self, prompt: Any, **options: Any) -> list[int]:
+        # A prompt in text may be a conversation that the user has rendered: its special tokens are meant
+        if isinstance(prompt, list) and has_control_tokens(self.tokenizer, prompt):
+            return tokenize_as_text(self.tokenizer, prompt, **options)
         return list(_tokenize(self.tokenizer, prompt, **options)["input_ids"])
 
 

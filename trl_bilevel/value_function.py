@@ -145,7 +145,7 @@ class ValueFunction:
         write_whole(Path(directory) / OPTIMIZER_FILE_NAME, lambda partial: torch.save(state, partial))
 
     def load_optimizer(self, directory: str | os.PathLike) -> None:
-        """Restore what `save_optimizer` wrote. Raises `ValueError` for a damaged file, or one with more than tensors."""
+        """Restore what `save_optimizer` wrote; `ValueError` for a damaged file, or one with more than tensors."""
         path = Path(directory) / OPTIMIZER_FILE_NAME
         if not path.is_file():
             # As Trainer does for the model's own optimizer, after `save_only_model`
