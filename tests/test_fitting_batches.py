@@ -6,7 +6,7 @@ import torch
 from trl_bilevel.fitting_batches import FittingBatches
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+OUT_OF_MEMORY = torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
 
 
 def _work_that_fits(most, seen):
@@ -40,6 +40,15 @@ def test_one_item_that_does_not_fit_is_an_error_with_the_cure():
     with pytest.raises(RuntimeError, match=r"not enough memory for the test, one at a time. Buy memory\.") as caught:
         FittingBatches(2, "the test", "Buy memory.").run(_work_that_fits(0, []), [1, 2])
     assert caught.value.__cause__ is OUT_OF_MEMORY
+
+
+def test_errors_that_only_say_so_count_too():
+    def work(batch, number):
+        if len(batch) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return list(batch)
+
+    assert FittingBatches(2, "the test", "").run(work, [1, 2]) == [1, 2]
 
 
 def test_other_errors_are_not_hidden():

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 
@@ -59,7 +60,7 @@ class FittingBatches:
         try:
             return work(batch, number)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
             if len(batch) == 1:
                 raise RuntimeError(
