@@ -15,6 +15,9 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
     tokenizer = build_tokenizer()
     train_dataset = prompt_completion_rows(num_rows)
     train_dataset = train_dataset.add_column("source", [str(row % 3) for row in range(num_rows)])
+    if options.pop("is_streamed", False):
+        ids = [f"row-{row}" for row in range(num_rows)]
+        train_dataset = train_dataset.add_column("uid", ids).to_iterable_dataset()
     validation_dataset = prompt_completion_rows(10, 1000)
     if options.get("validation_loss_type") == "dpo":
         rejected = [f" {row} no" for row in range(10)]

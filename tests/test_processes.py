@@ -47,6 +47,8 @@ REFINE = {
             "loss_normalization": "row",
             "filter_ratio": 0.0,
         },
+        # A stream is cut into the same global batches; 24 rows three times
+        {"is_streamed": True, "sample_id_column": "uid", "value_function": "adapter", "max_steps": 9},
         REFINE,
         # Sequences of several rows, not as many in one process as in the other
         {"value_function": "adapter", "packing": True, "max_length": 80},

@@ -102,10 +102,11 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             Deprecated name of `activation_checkpointing`.
         sample_id_column (`str`, *optional*):
             Column of the training dataset with a unique id per row (string or integer), reported in the curated
-            dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position.
+            dataset. If `None`, the column `"sample_id"` if there is one, otherwise the row's position. A stream needs
+            one; its rows with the same id are one row.
         save_training_rows (`bool`, *optional*, defaults to `True`):
             Write the training rows to the output folder, once, so that `trl-bilevel curate` and `trl-bilevel push` can
-            make the curated dataset of a finished or interrupted run.
+            make the curated dataset of a finished or interrupted run. Not of a stream.
         source_column (`str`, *optional*):
             Column of the training dataset that names each row's source (string or integer). All rows of a source then
             share one weight (ScaleBiO, arXiv 2406.19976), see [`BilevelSFTTrainer.source_weights`].

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
@@ -28,11 +29,9 @@ from .dataset_checks import (
     check_batch_sizes,
     check_datasets,
     check_prepared_rows,
-    fingerprint_rows,
-    hash_rows,
+    check_training_rows,
     resolve_sample_ids,
     resolve_sources,
-    warn_about_shared_rows,
 )
 from .hub_publishing import HubPublishing
 from .packing import PackedRows, pack_rows
@@ -46,6 +45,7 @@ from .paired_batches import (
     add_sample_indices,
     read_sample_indices,
 )
+from .paired_stream import PairedStream, StreamedPairCollator
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
@@ -67,8 +67,11 @@ from .run_records import (
     save_training_rows,
 )
 from .scoring import RowScorer, score_dataset
-from .selector_updates import SelectorActivation
+from .selector_setup import build_selector
 from .self_refining_collator import SelfRefiningCollator
+from .stream_checks import check_stream
+from .streamed_curation import curate_stream
+from .streamed_selector import StreamedSelector
 from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 from .weight_history import WeightHistory
@@ -76,7 +79,6 @@ from .weight_history import WeightHistory
 
 logger = get_logger(__name__)
 
-_EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and sigmoid weights saturate
 _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
@@ -94,7 +96,8 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
 
     Args:
         model, args, data_collator, train_dataset, ...:
-            As in [`~trl.SFTTrainer`], all of them. `args` is a [`BilevelSFTConfig`]; any other
+            As in [`~trl.SFTTrainer`], all of them. A stream (`datasets.IterableDataset`) as `train_dataset` needs
+            `max_steps` and `sample_id_column`. `args` is a [`BilevelSFTConfig`]; any other
             [`~transformers.TrainingArguments`] are completed with its defaults.
         validation_dataset (`datasets.Dataset`):
             Rows you trust, in the format of `train_dataset`. They define what a good training row is, and are trained
@@ -148,7 +151,12 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             args = BilevelSFTConfig.from_training_arguments(args)
         check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         self._source_dataset = train_dataset
-        self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
+        self._is_streamed = isinstance(train_dataset, IterableDataset)
+        self._sample_ids: pa.ChunkedArray | None = None  # of a stream the selector knows them
+        if self._is_streamed:
+            self._stream_ids = check_stream(train_dataset, args, data_selector)
+        else:
+            self._sample_ids = resolve_sample_ids(train_dataset, args.sample_id_column)
         self._sources = resolve_sources(train_dataset, args.source_column) if args.source_column else None
         if isinstance(data_selector, (str, os.PathLike)):
             data_selector = DataSelector.from_pretrained(data_selector)
@@ -173,47 +181,23 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         num_validation = len(validation_dataset)
         trusted_rows = validation_dataset  # as the user passed them
 
-        super().__init__(model, args, data_collator, add_sample_indices(train_dataset), *sft_args, **sft_kwargs)
+        indexed = train_dataset if self._is_streamed else add_sample_indices(train_dataset)
+        super().__init__(model, args, data_collator, indexed, *sft_args, **sft_kwargs)
         self._refuse_unsupported_setup()
         self._warn_about_published_paths()
 
         self.validation_dataset = self._prepare_validation_dataset(validation_dataset)
-        check_prepared_rows("train_dataset", len(train_dataset), len(self.train_dataset), args.max_length)
         check_prepared_rows("validation_dataset", num_validation, len(self.validation_dataset), args.max_length)
-        row_hashes = hash_rows(self.train_dataset)
-        validation_tokens = "chosen_input_ids" if args.validation_loss_type == "dpo" else "input_ids"
-        warn_about_shared_rows(row_hashes, hash_rows(self.validation_dataset, validation_tokens))
-        self._rows_fingerprint = fingerprint_rows(
-            self._sample_ids, read_sample_indices(self.train_dataset), row_hashes, self._sources
-        )
+        self._rows_fingerprint = "stream"
+        if not self._is_streamed:
+            self._rows_fingerprint = check_training_rows(
+                self.train_dataset, self.validation_dataset, args, self._sample_ids, self._sources
+            )
 
         self._pack()
         self._set_validation_batch_size()
         has_value_function = self._resolve_value_function()
-        # A given selector's logits mean something in its own activation only
-        default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
-        given_activation = default_activation if data_selector is None else data_selector.activation
-        activation = args.selector_activation or given_activation
-        # Excess losses in sigmoid weights: each row is judged on its own
-        on_its_own = has_value_function and activation == "sigmoid"
-        if not on_its_own and args.selector_prior != BilevelSFTConfig.__dataclass_fields__["selector_prior"].default:
-            raise ValueError(
-                f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
-                "function. Leave it out."
-            )
-        learning_rate = args.selector_learning_rate
-        if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
-            learning_rate = _EXCESS_LOSS_LEARNING_RATE
-        self.data_selector = DataSelector(
-            num_rows=len(train_dataset),
-            activation=activation,
-            optimizer=args.selector_optimizer,
-            learning_rate=learning_rate,
-            centered=not on_its_own,
-            prior=args.selector_prior if on_its_own else 0.5,
-            sources=None if self._sources is None else self._sources.of_rows,
-            sample_ids=self._sample_ids,
-        )
+        self.data_selector = build_selector(args, has_value_function, data_selector, self._sample_ids, self._sources)
         if data_selector is not None:
             num_known = self.data_selector.start_from(data_selector)
             logger.info(f"{num_known} of {len(train_dataset)} rows start with a weight of the given selector.")
@@ -231,8 +215,9 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         self._curated_repo_id: str | None = None  # once it was pushed
         self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
-        self._rows_to_refine = np.zeros(len(train_dataset), dtype=bool)
-        self._rows_to_refine[read_sample_indices(self.train_dataset)] = True
+        self._rows_to_refine = np.zeros(0 if self._is_streamed else len(train_dataset), dtype=bool)
+        if not self._is_streamed:
+            self._rows_to_refine[read_sample_indices(self.train_dataset)] = True
         # Batches that are collated before the answers of a refresh are there: those that the workers hold, and one
         # that accelerate fetches ahead
         num_ahead = 1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or _PREFETCH_FACTOR)
@@ -265,7 +250,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
                 batch_size = max(1, min(batch_size, len(validation) // batches_per_step))
         self.validation_batch_size = batch_size
         check_batch_sizes(
-            num_training=len(training),
+            num_training=None if self._is_streamed else len(training),
             num_validation=len(validation),
             training_batch=args.per_device_train_batch_size * batches_per_step,
             validation_batch=batch_size * batches_per_step,
@@ -453,7 +438,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         processing_class, config, packing, formatting_func, dataset_name = args
-        if SAMPLE_INDEX_COLUMN in dataset.column_names:
+        if SAMPLE_INDEX_COLUMN in (dataset.column_names or []):
             packing = False  # training rows are packed by number, see `_pack`
         if formatting_func is not None:
             # The user's function may format every column it is given
@@ -472,7 +457,8 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
     def get_train_dataloader(self) -> DataLoader:
         training, validation = self.train_dataset, self.validation_dataset
         if self.args.remove_unused_columns:
-            training = self._remove_unused_columns(training, description="training")
+            if not self._is_streamed:
+                training = self._remove_unused_columns(training, description="training")
             if self.args.validation_loss_type == "nll":
                 validation = self._remove_unused_columns(validation, description="validation")
         # Trainer builds its dataloaders with `self.data_collator`, which evaluation needs as it is
@@ -482,9 +468,15 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             self_refining.store = self.response_store
         collator = self.data_collator
         self.data_collator = PairedCollator(collator, self_refining, self._refresh_delay, self.padding_free)
+        dataset: PairedDataset | PairedStream
+        if self._is_streamed:
+            dataset = self._paired_stream(training)
+            self.data_collator = StreamedPairCollator(self.data_collator, validation)
+        else:
+            dataset = PairedDataset(training, validation, self.packed_training, self.packed_validation)
         try:
             return self._get_dataloader(
-                dataset=PairedDataset(training, validation, self.packed_training, self.packed_validation),
+                dataset=dataset,
                 description="Training",
                 batch_size=self._train_batch_size,
                 sampler_fn=self._get_paired_sampler,
@@ -493,15 +485,33 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         finally:
             self.data_collator = collator
 
+    def _paired_stream(self, training: IterableDataset) -> PairedStream:
+        assert isinstance(self.data_selector, StreamedSelector)
+        columns = None
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            columns = self._signature_columns
+        return PairedStream(
+            training,
+            self._validation_stream(len(self.validation_dataset)),
+            self._stream_ids,
+            columns,
+            training_batch_size=self.args.per_device_train_batch_size,
+            validation_batch_size=self.validation_batch_size,
+            consumed=self.data_selector.consumed,
+        )
+
+    def _validation_stream(self, num_rows: int) -> ValidationStream:
+        return ValidationStream(num_rows, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
     def _get_paired_sampler(self, dataset: PairedDataset) -> Sampler:
         sampler = self._get_train_sampler(self.packed_training or self.train_dataset)
         if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
             # What accelerate makes of a bare RandomSampler, so that rows come in the order of SFTTrainer
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         dataset.sampler = PairedSampler(
             sampler,
-            ValidationStream(dataset.num_validation, seed),
+            self._validation_stream(dataset.num_validation),
             training_batch_size=self.args.per_device_train_batch_size,
             validation_batch_size=self.validation_batch_size,
             batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
@@ -536,7 +546,7 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         super().log(logs, start_time)
 
     # ---- Results and checkpoints ----
-    def curate(self, keep_ratio: float | None = None) -> Dataset:
+    def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
         """
         The training dataset with every row's score, and only its best rows if `keep_ratio` is given.
 
@@ -546,11 +556,16 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         Returns:
             `datasets.Dataset`: the columns of `train_dataset` unchanged but for refined answers, then `sample_id`,
             `weight`, `rank`, `scored` and `response_source`; with refinement also `original_completion` and
-            `refined_responses`. See [`~trl_bilevel.curation.curate_dataset`].
+            `refined_responses`. See [`~trl_bilevel.curation.curate_dataset`]. Of a stream a `datasets.IterableDataset`
+            of the rows seen, which reads the stream again; see
+            [`~trl_bilevel.streamed_curation.curate_stream`].
 
         Raises:
             `ValueError`: if `keep_ratio` is out of range.
         """
+        if isinstance(self.data_selector, StreamedSelector):
+            return curate_stream(self._source_dataset, self._stream_ids, self.data_selector, keep_ratio)
+        assert self._sample_ids is not None
         return curate_dataset(
             self._source_dataset,
             self._sample_ids,
@@ -569,7 +584,9 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             self.response_store.save(directory)
         else:  # of another run in the same folder
             (Path(directory) / CHECKPOINT_FILE_NAME).unlink(missing_ok=True)
-        if self.args.save_training_rows:
+        if self._is_streamed:
+            self._run_facts["training"]["num_rows"] = self.data_selector.num_rows
+        elif self.args.save_training_rows:
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
         self._weight_history.record(self.state.global_step, self.data_selector)
         self._weight_history.save(directory)

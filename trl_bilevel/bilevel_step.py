@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -28,6 +29,7 @@ from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
+from .streamed_selector import StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 from .value_function import ValueFunction
 
@@ -154,7 +156,7 @@ class BilevelStep(SFTTrainer):
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
         indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
         self._step_row_counts = self._count_rows(sum(map(len, indices)))
-        self._step_sample_indices = self._gather_rows(torch.tensor([index for batch in indices for index in batch]))
+        self._step_sample_indices = self._number_rows([index for batch in indices for index in batch])
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
         self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
@@ -167,6 +169,15 @@ class BilevelStep(SFTTrainer):
                 PaddedLayout() if lengths is None else PaddingFreeLayout(torch.tensor(lengths), self.args.device),
                 torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
             )
+
+    def _number_rows(self, own: list[Any]) -> torch.Tensor:
+        """Numbers of all processes' training rows of the step, in the same order on each."""
+        if isinstance(self.data_selector, StreamedSelector):
+            # Rows of a stream come with their ids; each process counts all of them
+            ids = gather_object(own)
+            self.data_selector.consumed.add(ids)
+            return self.data_selector.row_numbers(ids)
+        return self._gather_rows(torch.tensor(own))
 
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""

@@ -17,6 +17,7 @@ from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refinement import Refiner
 from .run_settings import write_run_settings
+from .streamed_selector import StreamedSelector
 from .training_log import save_log
 from .value_function import ValueFunction
 from .weight_history import WeightHistory
@@ -141,6 +142,8 @@ class Checkpointing(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.value_function is not None:
             self.value_function.rebind()
+        if checkpoint is None and isinstance(self.data_selector, StreamedSelector):
+            self.data_selector.consumed.restart()  # training reads the stream from its beginning
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             self._weight_history = WeightHistory.load(checkpoint)

@@ -57,14 +57,9 @@ def curate_dataset(
     Raises:
         `ValueError`: if `keep_ratio` is out of range.
     """
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(
-            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
-        )
+    check_keep_ratio(keep_ratio)
     num_rows, split = len(dataset), dataset.split
-    best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
-    rank = np.empty(num_rows, dtype=np.int64)
-    rank[best_first] = np.arange(1, num_rows + 1)
+    rank = rank_rows(scores, scored)
     source_columns = {"response_source": pa.array(["original"] * num_rows)}
     if responses is not None:
         dataset, source_columns = apply_refined(dataset.with_format(None), responses)
@@ -83,3 +78,19 @@ def curate_dataset(
         return dataset
     num_kept = max(1, round(keep_ratio * num_rows))
     return dataset.select(np.flatnonzero(rank <= num_kept))
+
+
+def check_keep_ratio(keep_ratio: float | None) -> None:
+    """Raise a `ValueError` for a share out of (0, 1]."""
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(
+            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
+        )
+
+
+def rank_rows(scores: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """Ranks from 1, the best row's, int64 of shape (N,); rows that were not scored come last."""
+    best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
+    rank = np.empty(len(scores), dtype=np.int64)
+    rank[best_first] = np.arange(1, len(scores) + 1)
+    return rank

@@ -286,6 +286,19 @@ class DataSelector:
         Returns:
             `pathlib.Path`: the file written.
         """
+        return write_selector_state(directory, self._state(), self._identity(fingerprint))
+
+    def load(self, directory: str | os.PathLike, fingerprint: str) -> None:
+        """
+        Restore what `save` wrote.
+
+        Raises:
+            `FileNotFoundError`: if the directory holds no selector state.
+            `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
+        """
+        self._restore(read_selector_state(directory, self._identity(fingerprint)))
+
+    def _state(self) -> dict[str, torch.Tensor]:
         tensors = {
             "logits": self._unit_logits,
             "scored": self._scored,
@@ -296,17 +309,9 @@ class DataSelector:
             tensors["moments"] = torch.tensor(self._moments, dtype=torch.float64)
         if self._adam is not None:
             tensors |= {f"adam.{name}": value for name, value in self._adam.state[self._unit_logits].items()}
-        return write_selector_state(directory, tensors, self._identity(fingerprint))
+        return tensors
 
-    def load(self, directory: str | os.PathLike, fingerprint: str) -> None:
-        """
-        Restore what `save` wrote.
-
-        Raises:
-            `FileNotFoundError`: if the directory holds no selector state.
-            `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
-        """
-        tensors = read_selector_state(directory, self._identity(fingerprint))
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
         self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pandas.util import hash_pandas_object
 
-from .bilevel_sft_config import ValidationLossType
+from .bilevel_sft_config import BilevelSFTConfig, ValidationLossType
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
-from .paired_batches import SAMPLE_INDEX_COLUMN
+from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
 
 
 logger = get_logger(__name__)
@@ -24,58 +24,75 @@ logger = get_logger(__name__)
 
 def check_datasets(training: Any, validation: Any, validation_loss_type: ValidationLossType = "nll") -> None:
     """
-    Check that both datasets are there, map-style, textual, not empty, and of kinds that fit each other.
+    Check that both datasets are there, textual, not empty, and of kinds that fit each other; that of the validation
+    rows map-style.
 
     Raises:
         `TypeError`: for something that is not a `datasets.Dataset`.
         `ValueError`: for a missing or empty dataset, images, or columns that the curated dataset adds itself.
     """
+    columns: dict[str, list[str]] = {}
     for name, dataset in (("train_dataset", training), ("validation_dataset", validation)):
         if dataset is None:
             raise ValueError(
                 f"`{name}` is missing. Pass a `datasets.Dataset`"
                 + (" of rows you trust, in the format of `train_dataset`." if name == "validation_dataset" else ".")
             )
-        if not isinstance(dataset, Dataset):
+        is_stream = name == "train_dataset" and isinstance(dataset, IterableDataset)
+        if not isinstance(dataset, Dataset) and not is_stream:
             raise TypeError(
-                f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Row weights need rows that "
-                "can be counted: load a stream without `streaming=True`, or materialise it with "
-                "`Dataset.from_generator`; pass a mapping of splits one split at a time."
+                f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. A stream can only be trained "
+                "on: load validation rows without `streaming=True`; pass a mapping of splits one split at a time."
             )
-        if len(dataset) == 0:
+        if not is_stream and len(dataset) == 0:
             raise ValueError(f"`{name}` is empty. Pass a dataset with at least one batch of rows.")
-        images = {"image", "images"} & set(dataset.column_names)
+        columns[name] = stream_column_names(dataset) if is_stream else dataset.column_names
+        images = {"image", "images"} & set(columns[name])
         if images:
             raise ValueError(
                 f"`{name}` has the column {images.pop()!r}: image rows are not supported. Use text rows, or "
                 "`SFTTrainer`."
             )
-    missing_sides = [side for side in ("chosen", "rejected") if side not in validation.column_names]
+    training_columns, validation_columns = columns["train_dataset"], columns["validation_dataset"]
+    missing_sides = [side for side in ("chosen", "rejected") if side not in validation_columns]
     if validation_loss_type == "dpo" and missing_sides:
         raise ValueError(
             "`validation_loss_type='dpo'` needs preference pairs, but `validation_dataset` has no column "
-            f"{missing_sides[0]!r}; its columns are {validation.column_names}. Add it, or use "
+            f"{missing_sides[0]!r}; its columns are {validation_columns}. Add it, or use "
             "`validation_loss_type='nll'`."
         )
-    if validation_loss_type == "nll" and not missing_sides and "completion" not in validation.column_names:
+    if validation_loss_type == "nll" and not missing_sides and "completion" not in validation_columns:
         raise ValueError(
             "`validation_dataset` holds preference pairs (columns 'chosen' and 'rejected'). Set "
             "`validation_loss_type='dpo'`, or rename 'chosen' to 'completion'."
         )
     for column, kind in (("input_ids", "tokenized"), ("completion", "prompt-completion")):
-        in_training, in_validation = column in training.column_names, column in validation.column_names
+        in_training, in_validation = column in training_columns, column in validation_columns
         if validation_loss_type == "nll" and in_training != in_validation:
             raise ValueError(
                 f"`train_dataset` and `validation_dataset` must both be {kind} datasets, or neither, so that both "
-                f"losses cover the same tokens. Their columns are {training.column_names} and "
-                f"{validation.column_names}."
+                f"losses cover the same tokens. Their columns are {training_columns} and "
+                f"{validation_columns}."
             )
-    taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training.column_names))
+    taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training_columns))
     if taken:
         raise ValueError(
             f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
             f"`train_dataset.remove_columns({taken})`."
         )
+
+
+def stream_column_names(stream: IterableDataset) -> list[str]:
+    """
+    Names of a stream's columns; those of its first row where it does not say.
+
+    Raises:
+        `ValueError`: if the stream is empty.
+    """
+    first = next(iter(stream), None)
+    if first is None:
+        raise ValueError("`train_dataset` is empty. Pass a stream with at least one batch of rows.")
+    return list(first) if stream.column_names is None else stream.column_names
 
 
 def check_prepared_rows(name: str, num_rows: int, num_prepared: int, max_length: int | None) -> None:
@@ -99,13 +116,13 @@ def check_prepared_rows(name: str, num_rows: int, num_prepared: int, max_length:
 
 
 def check_batch_sizes(
-    num_training: int, num_validation: int, training_batch: int, validation_batch: int, are_packed: bool = False
+    num_training: int | None, num_validation: int, training_batch: int, validation_batch: int, are_packed: bool = False
 ) -> None:
     """
     Check that both datasets fill one optimizer step.
 
     Args:
-        num_training (`int`): training rows, or packed sequences of them.
+        num_training (`int`, *optional*): training rows, or packed sequences of them; `None` for a stream.
         num_validation (`int`): validation rows, likewise.
         training_batch (`int`): training rows per optimizer step, over accumulation steps and processes.
         validation_batch (`int`): validation rows per optimizer step.
@@ -120,7 +137,7 @@ def check_batch_sizes(
         ("train_dataset", num_training, training_batch, "per_device_train_batch_size"),
         ("validation_dataset", num_validation, validation_batch, "per_device_validation_batch_size"),
     ):
-        if number < batch and not (are_packed and name == "validation_dataset"):
+        if number is not None and number < batch and not (are_packed and name == "validation_dataset"):
             raise ValueError(
                 f"`{name}` has {number} {unit} to train on, fewer than one batch of {batch} (per device, times "
                 f"accumulation steps, times processes). Lower `{option}` or "
@@ -255,6 +272,33 @@ def fingerprint_rows(
     if sources is not None:
         digest.update(sources.of_rows.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_training_rows(
+    training: Dataset,
+    validation: Dataset,
+    args: BilevelSFTConfig,
+    sample_ids: pa.ChunkedArray,
+    sources: Sources | None,
+) -> str:
+    """
+    Report the training rows that were dropped, or that are also validation rows.
+
+    Args:
+        training (`datasets.Dataset`): prepared training rows.
+        validation (`datasets.Dataset`): prepared validation rows.
+        args ([`BilevelSFTConfig`]): options.
+        sample_ids (`pyarrow.ChunkedArray`): of all training rows, as they were before preparation.
+        sources ([`Sources`], *optional*): of the same.
+
+    Returns:
+        `str`: what [`fingerprint_rows`] makes of them.
+    """
+    check_prepared_rows("train_dataset", len(sample_ids), len(training), args.max_length)
+    row_hashes = hash_rows(training)
+    validation_tokens = "chosen_input_ids" if args.validation_loss_type == "dpo" else "input_ids"
+    warn_about_shared_rows(row_hashes, hash_rows(validation, validation_tokens))
+    return fingerprint_rows(sample_ids, read_sample_indices(training), row_hashes, sources)
 
 
 def warn_about_shared_rows(training: np.ndarray | None, validation: np.ndarray | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from trl import SFTTrainer
 
@@ -16,6 +16,7 @@ from .bilevel_sft_config import BilevelSFTConfig
 from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
 from .run_records import is_hub_id, push_command, source_ids, upload_command
+from .streamed_curation import as_rows
 
 
 logger = get_logger(__name__)
@@ -41,7 +42,7 @@ class HubPublishing(SFTTrainer):
     _run_facts: dict[str, Any]
     _curated_repo_id: str | None  # once it was pushed
 
-    def curate(self, keep_ratio: float | None = None) -> Dataset:
+    def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
         raise NotImplementedError
 
     def _save_records(self, directory: str) -> None:
@@ -65,7 +66,7 @@ class HubPublishing(SFTTrainer):
 
         `load_dataset(repo_id)` then gives the rows kept, their own columns first. See
         [`~trl_bilevel.hub.publish_curated_dataset`] for the configurations and the errors. All processes may
-        call it; the main one pushes.
+        call it; the main one pushes. The rows of a stream are read once more, into a temporary folder.
 
         Args:
             repo_id (`str`): dataset repository, created if it does not exist.
@@ -86,7 +87,7 @@ class HubPublishing(SFTTrainer):
             return None
         output_dir = self.args.output_dir
         retry_command = None
-        if self.args.save_training_rows:
+        if self.args.save_training_rows and isinstance(self.train_dataset, Dataset):
             retry_command = push_command(
                 output_dir,
                 repo_id,
@@ -99,20 +100,21 @@ class HubPublishing(SFTTrainer):
                 sensitive=sensitive,
             )
         self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
-        commit = publish_curated_dataset(
-            self.curate(),
-            self._run_facts,
-            repo_id,
-            keep_ratio=keep_ratio,
-            private=private,
-            token=token or self.args.hub_token,
-            revision=revision,
-            commit_message=commit_message,
-            license=license,
-            language=language,
-            sensitive=sensitive,
-            retry_command=retry_command,
-        )
+        with as_rows(self.curate()) as scored:
+            commit = publish_curated_dataset(
+                scored,
+                self._run_facts,
+                repo_id,
+                keep_ratio=keep_ratio,
+                private=private,
+                token=token or self.args.hub_token,
+                revision=revision,
+                commit_message=commit_message,
+                license=license,
+                language=language,
+                sensitive=sensitive,
+                retry_command=retry_command,
+            )
         self._curated_repo_id = commit.repo_url.repo_id
         if collection is not None:
             repos = {self._curated_repo_id: "dataset"}

@@ -196,7 +196,6 @@ class PairedDataset(TorchDataset):
         self.packed_training = packed_training
         self.packed_validation = packed_validation
         self.sampler: PairedSampler | None = None
-        self._has_pairs = is_paired(validation)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate when it cannot reach the sampler: on several processes, resumed within an epoch."""
@@ -226,10 +225,13 @@ class PairedDataset(TorchDataset):
         validation_indices = [
             row for index in indices for item in index.validation for row in _unpacked(item, self.packed_validation)
         ]
-        validation_rows = self.validation.__getitems__(validation_indices) if validation_indices else []
-        if self._has_pairs:
-            validation_rows = [row for pair in validation_rows for row in split_pair(pair)]
-        return training_rows + validation_rows
+        return training_rows + read_validation_rows(self.validation, validation_indices)
+
+
+def read_validation_rows(validation: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+    """Prepared validation rows by their numbers; of preference pairs two rows each."""
+    rows = validation.__getitems__(numbers) if numbers else []
+    return [row for pair in rows for row in split_pair(pair)] if is_paired(validation) else rows
 
 
 def _unpacked(item: int, packed: PackedRows | None) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from accelerate.utils import is_peft_model
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.table import ConcatenationTable, MemoryMappedTable
 from peft import LoraConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -162,6 +162,12 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         `ValueError`: if `keep_ratio` is out of range, or the files do not belong together.
     """
     directory = find_scores(run_dir)
+    if read_facts(run_dir)["training"].get("is_stream"):
+        raise ValueError(
+            f"{directory} is of a run on a stream, whose rows are not on disk. Curate in the training script: "
+            "`trainer.curate(...)`. After a restart build the trainer as before and take the weights from disk, "
+            f'`trainer.data_selector.load({str(directory)!r}, fingerprint="")`, instead of training.'
+        )
     rows_folder = next(
         (
             folder / ROWS_FOLDER_NAME
@@ -262,7 +268,7 @@ def find_scores(run_dir: str | os.PathLike) -> Path:
 
 
 def describe_run(
-    args: Any, model: Any, training: Dataset, validation: Dataset, has_value_function: bool
+    args: Any, model: Any, training: Dataset | IterableDataset, validation: Dataset, has_value_function: bool
 ) -> dict[str, Any]:
     """
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
@@ -271,7 +277,7 @@ def describe_run(
         args ([`BilevelSFTConfig`]): options; those of an allow-list are taken.
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): what is trained. Its name is left out if it is
             that of a folder of this machine.
-        training (`datasets.Dataset`): rows as the user passed them.
+        training (`datasets.Dataset` or `datasets.IterableDataset`): rows as the user passed them.
         validation (`datasets.Dataset`): trusted rows, likewise.
         has_value_function (`bool`): whether the weights follow excess losses.
     """
@@ -310,8 +316,17 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     """Which of the Hub's repositories a dataset comes from, at which revisions, and how many rows it has."""
+    if isinstance(dataset, IterableDataset):  # it does not say where it comes from
+        return {
+            "sources": [],
+            "has_other_rows": True,
+            "is_stream": True,
+            "split": str(dataset.split) if dataset.split else None,
+            "license": dataset.info.license or None,
+            "num_rows": 0,  # seen so far
+        }
     parts = dataset.data.blocks if isinstance(dataset.data, ConcatenationTable) else [[dataset.data]]
     matches = []
     for blocks in parts:  # next to each other: columns that were added to rows of the Hub are in memory
@@ -365,6 +380,8 @@ def source_text(description: dict[str, Any]) -> str:
     ```
     """
     names = [f"`{source['id']}` (revision `{source['revision']}`)" for source in description["sources"]]
+    if description.get("is_stream"):
+        return "a stream, whose source is not recorded"
     if not names:
         return "not on the Hub"
     return ", ".join(names) + (", and rows that are not on the Hub" if description["has_other_rows"] else "")

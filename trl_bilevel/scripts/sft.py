@@ -12,7 +12,8 @@ trl-bilevel sft \
 ```
 
 All options of `trl sft` work, a YAML file with `--config`, and those of `accelerate launch`. Datasets are names on the
-Hub, local folders or files.
+Hub, local folders or files. `--dataset_streaming` reads the training rows as a stream; it needs `--max_steps` and
+`--sample_id_column`.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.dataset_loading import load_split
+from trl_bilevel.streamed_curation import write_parquet
 
 
 @dataclass
@@ -70,8 +72,6 @@ def main(
 
     if script_args.validation_dataset_name is None:
         raise ValueError("`--validation_dataset_name` is missing. Name the dataset you trust.")
-    if dataset_args.streaming or script_args.dataset_streaming:
-        raise ValueError("Streaming datasets are not supported: row weights need rows that can be counted.")
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
 
@@ -90,7 +90,9 @@ def main(
             eval_dataset = mixture[script_args.dataset_test_split]
     elif script_args.dataset_name:
         name, config = script_args.dataset_name, script_args.dataset_config
-        train_dataset = load_split(name, config, script_args.dataset_train_split)
+        train_dataset = load_split(
+            name, config, script_args.dataset_train_split, streaming=script_args.dataset_streaming
+        )
         if training_args.eval_strategy != "no":
             eval_dataset = load_split(name, config, script_args.dataset_test_split)
     else:
@@ -136,10 +138,9 @@ def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
     """The curated dataset and the weights, into the output folder."""
     if not trainer.is_world_process_zero():
         return
-    curated = trainer.curate(keep_ratio)
     path = Path(trainer.args.output_dir) / "curated" / "train.parquet"
-    curated.to_parquet(path)
-    trainer.accelerator.print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
+    num_rows = write_parquet(trainer.curate(keep_ratio), path)
+    trainer.accelerator.print(f"🧹 Curated dataset of {num_rows:,} rows saved to {path.parent}.")
     selector_path = trainer.data_selector.save_pretrained(trainer.args.output_dir)
     trainer.accelerator.print(f"⚖️ Weights for other runs saved to {selector_path}.")
     if trainer.args.source_column is not None:

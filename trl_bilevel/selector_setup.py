@@ -1,0 +1,60 @@
+"""The data selector that a run's options ask for."""
+
+import pyarrow as pa
+
+from .bilevel_sft_config import BilevelSFTConfig
+from .data_selector import DataSelector
+from .dataset_checks import Sources
+from .selector_updates import SelectorActivation
+from .streamed_selector import StreamedSelector
+
+
+_EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and sigmoid weights saturate
+
+
+def build_selector(
+    args: BilevelSFTConfig,
+    has_value_function: bool,
+    given: DataSelector | None,
+    sample_ids: pa.ChunkedArray | None,
+    sources: Sources | None = None,
+) -> DataSelector:
+    """
+    Build the selector of a run, not yet with the weights of a given one.
+
+    Args:
+        args ([`BilevelSFTConfig`]): options.
+        has_value_function (`bool`): whether it follows excess losses.
+        given ([`DataSelector`], *optional*): a selector to start from, whose activation is the default.
+        sample_ids (`pyarrow.ChunkedArray`, *optional*): of the training rows; `None` for a stream.
+        sources ([`~trl_bilevel.dataset_checks.Sources`], *optional*): of the training rows.
+
+    Raises:
+        `ValueError`: for a prior that would have no effect.
+    """
+    # A given selector's logits mean something in its own activation only
+    default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
+    activation = args.selector_activation or (default_activation if given is None else given.activation)
+    # Excess losses in sigmoid weights: each row is judged on its own
+    on_its_own = has_value_function and activation == "sigmoid"
+    if not on_its_own and args.selector_prior != BilevelSFTConfig.__dataclass_fields__["selector_prior"].default:
+        raise ValueError(
+            f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
+            "function. Leave it out."
+        )
+    learning_rate = args.selector_learning_rate
+    if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
+        learning_rate = _EXCESS_LOSS_LEARNING_RATE
+    prior = args.selector_prior if on_its_own else 0.5
+    if sample_ids is None:
+        return StreamedSelector(activation, learning_rate, centered=not on_its_own, prior=prior)
+    return DataSelector(
+        num_rows=len(sample_ids),
+        activation=activation,
+        optimizer=args.selector_optimizer,
+        learning_rate=learning_rate,
+        centered=not on_its_own,
+        prior=prior,
+        sources=None if sources is None else sources.of_rows,
+        sample_ids=sample_ids,
+    )
