@@ -1,5 +1,6 @@
 """The benchmark scripts run and print their tables; here on a scale at which the numbers mean nothing."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -241,3 +242,21 @@ def test_soak_finds_a_planted_leak():
     assert robust_slope(steps, memory - 0.002 * steps, restarted) == pytest.approx(0, abs=0.5)
     assert robust_slope(steps, np.full(len(steps), 8.0), restarted) == 0
     assert np.isnan(robust_slope(steps[:1], memory[:1], restarted[:1]))
+
+
+def test_large_dataset(tmp_path, capsys):
+    benchmark = _load("large_dataset")
+    args = benchmark.BenchmarkArguments(num_rows=2000, num_steps=3, output_dir=str(tmp_path))
+    for part in ("rows", *benchmark.PARTS):
+        benchmark.main(dataclasses.replace(args, part=part))
+    results = json.loads((tmp_path / "2000" / "results.json").read_text())
+    benchmark.print_table(results, args)
+    printed = capsys.readouterr().out
+    assert all(f" {part} " in printed for part in benchmark.PARTS)
+    folder = tmp_path / "2000"
+    assert len(Dataset.from_parquet(str(folder / "map" / "curated.parquet"), cache_dir=str(tmp_path))) == 1400
+    # 3 steps of 8 rows were seen
+    assert len(Dataset.from_parquet(str(folder / "stream" / "curated.parquet"), cache_dir=str(tmp_path))) == 17
+    for part in ("rows", "map"):
+        benchmark.main(dataclasses.replace(args, tokenized=True, part=part))
+    assert "curate" in capsys.readouterr().out

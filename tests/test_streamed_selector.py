@@ -52,6 +52,14 @@ def test_saved_selector_goes_on_as_if_it_never_stopped(tmp_path):
     assert resumed.sample_ids.to_pylist() == list(range(3001))
     assert torch.equal(resumed.weights(), unbroken.weights())
     assert resumed.statistics() == unbroken.statistics()
+    resumed.row_numbers(list(range(3001, 3500)))
+    resumed.update(torch.arange(3400, 3500), torch.arange(100).float())
+    resumed.load(tmp_path, fingerprint="")  # back to an earlier state: what was seen since is new again
+    update(resumed, [2999, 3000, 5])
+    resumed.row_numbers(list(range(3001, 3500)))
+    assert torch.equal(resumed.logits[:3001], unbroken.logits)
+    assert resumed.logits[3001:].unique().tolist() == [0.0]
+    assert not resumed.scored[3001:].any()
     with pytest.raises(ValueError, match=r"written for another run: .*num_rows None \(now 3000\)"):
         DataSelector(3000).load(tmp_path, fingerprint="")
 

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from trl_bilevel import BilevelSFTTrainer, DataSelector
 from trl_bilevel.paired_batches import ValidationStream
 from trl_bilevel.paired_stream import PairedStream
+from trl_bilevel.parquet_files import write_parquet
 from trl_bilevel.run_records import curate_run, read_facts
 from trl_bilevel.scripts import sft
-from trl_bilevel.streamed_curation import write_parquet
 from trl_bilevel.streamed_selector import ConsumedRows
 
 

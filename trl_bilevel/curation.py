@@ -60,7 +60,7 @@ def curate_dataset(
     check_keep_ratio(keep_ratio)
     num_rows, split = len(dataset), dataset.split
     rank = rank_rows(scores, scored)
-    source_columns = {"response_source": pa.array(["original"] * num_rows)}
+    source_columns = {"response_source": pa.repeat("original", num_rows)}
     if responses is not None:
         dataset, source_columns = apply_refined(dataset.with_format(None), responses)
     columns = {

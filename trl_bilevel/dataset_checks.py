@@ -21,6 +21,8 @@ from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
 
 logger = get_logger(__name__)
 
+_ROWS_PER_PIECE = 10_000
+
 
 def check_datasets(training: Any, validation: Any, validation_loss_type: ValidationLossType = "nll") -> None:
     """
@@ -237,12 +239,11 @@ def hash_rows(dataset: Dataset, column: str = "input_ids") -> np.ndarray | None:
     """
     if column not in dataset.column_names:
         return None
-    hashes = [
-        hashlib.blake2b(tokens, digest_size=8).digest()
-        for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-        for tokens in _token_bytes(batch.column(column).combine_chunks())
-    ]
-    return np.frombuffer(b"".join(hashes), dtype=np.uint64)
+    hashes = bytearray()  # 8 bytes a row, and not an object for each
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        for tokens in _token_bytes(batch.column(column).combine_chunks()):
+            hashes += hashlib.blake2b(tokens, digest_size=8).digest()
+    return np.frombuffer(hashes, dtype=np.uint64)
 
 
 def _token_bytes(rows: pa.ListArray) -> Iterator[bytes]:
@@ -264,7 +265,10 @@ def fingerprint_rows(
         row_hashes (`numpy.ndarray`, *optional*): what [`hash_rows`] made of the prepared rows, shape (M,).
         sources ([`Sources`], *optional*): of all rows.
     """
-    digest = hashlib.sha256(hash_pandas_object(ids.to_pandas(), index=False).to_numpy().tobytes())
+    digest = hashlib.sha256()
+    for start in range(0, len(ids), _ROWS_PER_PIECE):  # pandas makes objects of strings
+        piece = ids.slice(start, _ROWS_PER_PIECE).to_pandas()
+        digest.update(hash_pandas_object(piece, index=False).to_numpy().tobytes())
     order = sample_indices.argsort()
     digest.update(sample_indices[order].astype(np.int64).tobytes())
     if row_hashes is not None:

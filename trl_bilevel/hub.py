@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from .curation import SAMPLE_ID_COLUMN
 from .dataset_card import CONFIGS, FIGURE_PATH, build_card, column, split_name
+from .parquet_files import write_parquet
 from .refined_rows import RESPONSES_COLUMN
 
 
@@ -217,11 +218,10 @@ def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
             tables["refined"] = scored.select(np.flatnonzero(is_refined))
     names = []
     for config, table in tables.items():
-        (folder / config).mkdir()
         num_files = -(-len(table) // _ROWS_PER_FILE)
         for number in range(num_files):
             name = f"{config}/{split}-{number:05d}-of-{num_files:05d}.parquet"
-            table.shard(num_files, number, contiguous=True).to_parquet(folder / name)
+            write_parquet(table.shard(num_files, number, contiguous=True), folder / name)
             names.append(name)
     return names
 

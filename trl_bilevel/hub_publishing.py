@@ -15,8 +15,8 @@ from trl import SFTTrainer
 from .bilevel_sft_config import BilevelSFTConfig
 from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
+from .parquet_files import as_rows
 from .run_records import is_hub_id, push_command, source_ids, upload_command
-from .streamed_curation import as_rows
 
 
 logger = get_logger(__name__)

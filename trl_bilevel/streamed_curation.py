@@ -1,17 +1,11 @@
 """From the weights of a stream's rows to a curated stream: nothing of the rows is kept in memory."""
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Features, IterableDataset, Value
 from datasets.iterable_dataset import ExamplesIterable
 
 from .curation import SAMPLE_ID_COLUMN, check_keep_ratio, rank_rows
@@ -20,8 +14,6 @@ from .streamed_selector import StreamedSelector
 
 
 logger = get_logger(__name__)
-
-_ROWS_PER_BATCH = 1000
 
 
 def curate_stream(
@@ -108,49 +100,3 @@ def _features(stream: IterableDataset, sample_id_column: str) -> Features | None
     }
     own = {**stream.features, SAMPLE_ID_COLUMN: stream.features[sample_id_column]}  # in its place, if it is there
     return Features({**own, **added})
-
-
-@contextmanager
-def as_rows(curated: Dataset | IterableDataset) -> Iterator[Dataset]:
-    """A curated dataset with rows that can be counted: a stream is written to disk, for as long as the block runs."""
-    if isinstance(curated, Dataset):
-        yield curated
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.parquet"
-        write_parquet(curated, path)
-        yield Dataset.from_parquet(str(path), split=curated.split, cache_dir=folder)
-
-
-def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> int:
-    """
-    Write rows to one Parquet file as they are read, whole or not at all.
-
-    `IterableDataset.to_parquet` would hold all of them in memory.
-
-    Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`): at least one row. If a stream does not say the types
-            of its columns, those of its first rows are taken.
-        path (`str` or `os.PathLike`): of the file; its folder is created.
-
-    Returns:
-        `int`: rows written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    writer, num_rows = None, 0
-    try:
-        for table in rows.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
-            if writer is None:
-                writer = pa.parquet.ParquetWriter(partial, table.schema)
-            writer.write_table(table.cast(writer.schema))
-            num_rows += len(table)
-        assert writer is not None
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        if writer is not None:
-            writer.close()
-        partial.unlink(missing_ok=True)
-    return num_rows

@@ -169,6 +169,9 @@ class StreamedSelector(DataSelector):
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         ids = _from_bytes(tensors["sample_ids"])
         self._numbers = {sample_id: number for number, sample_id in enumerate(ids)}
+        self._buffers[0].fill_(self._first_logit)  # of rows that were seen since, when an earlier state comes back
+        for buffer in self._buffers[1:]:
+            buffer.zero_()
         self._reserve(len(ids))
         self._show(len(ids))
         super()._restore(tensors)

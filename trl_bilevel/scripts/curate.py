@@ -34,12 +34,12 @@ class CurateArguments:
 
 
 def main(args: CurateArguments) -> None:
+    from trl_bilevel.parquet_files import write_parquet
     from trl_bilevel.run_records import curate_run
 
     curated = curate_run(args.run_dir, args.keep_ratio)
     path = Path(args.output_dir) / "train.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    curated.to_parquet(path)
+    write_parquet(curated, path)
     print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
 
 

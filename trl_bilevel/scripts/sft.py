@@ -23,7 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.dataset_loading import load_split
-from trl_bilevel.streamed_curation import write_parquet
+from trl_bilevel.parquet_files import write_parquet
 
 
 @dataclass

@@ -1,0 +1,68 @@
+"""Parquet files: the rows and types that `datasets` itself would write, without holding all of them."""
+
+import pytest
+from datasets import ClassLabel, Dataset, IterableDataset, Value
+
+from trl_bilevel import parquet_files
+from trl_bilevel.parquet_files import write_parquet
+
+
+NUM_ROWS = 95
+ROWS = Dataset.from_dict(
+    {
+        "text": [None if row < 30 else f"row {row}" for row in range(NUM_ROWS)],
+        "label": [row % 3 for row in range(NUM_ROWS)],
+        "nested": [{"numbers": list(range(row % 4))} for row in range(NUM_ROWS)],
+    }
+).cast_column("label", ClassLabel(names=["a", "b", "c"]))
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    monkeypatch.setattr(parquet_files, "_ROWS_PER_PIECE", 10)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        ROWS.select([3, 8, 9, 10, 51, 94]),
+        ROWS.select([94, 0, 5, 5]),
+        ROWS.filter(lambda row: row["label"] == 1).shard(2, 1, contiguous=True),
+        ROWS.with_format("torch", columns=["label"]),
+        ROWS.to_iterable_dataset(),
+    ],
+    ids=["all", "selected", "shuffled", "shard", "formatted", "stream"],
+)
+def test_file_has_the_rows_and_their_types(rows, tmp_path):
+    path = tmp_path / "new" / "rows.parquet"
+    expected = rows.with_format(None).to_list() if isinstance(rows, Dataset) else ROWS.to_list()
+    assert write_parquet(rows, path) == len(expected)
+    written = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
+    assert written.to_list() == expected
+    assert written.features == ROWS.features
+    assert [file.name for file in path.parent.iterdir()] == ["rows.parquet"]
+
+
+def test_interrupted_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_parquet(ROWS, path)
+
+    def broken():
+        for number in range(25):
+            yield {"text": number}
+        raise OSError("the network is down")
+
+    with pytest.raises(OSError, match="the network is down"):
+        write_parquet(IterableDataset.from_generator(broken), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet"]
+    assert len(Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))) == NUM_ROWS
+
+
+def test_stream_of_unknown_types(tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({"text": f"row {row}"} for row in range(25)))
+    assert write_parquet(stream, tmp_path / "rows.parquet") == 25
+    written = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert written.features == {"text": Value("string")}
+    with pytest.raises(ValueError, match="The stream has no rows"):
+        write_parquet(IterableDataset.from_generator(lambda: iter(())), tmp_path / "none.parquet")

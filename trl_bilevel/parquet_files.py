@@ -1,0 +1,85 @@
+"""
+Rows to Parquet, a piece at a time.
+
+`to_parquet` of `datasets` holds all rows of a stream, and gathers rows that were selected one by one.
+"""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset, IterableDataset
+from datasets.table import table_cast
+
+
+_ROWS_PER_PIECE = 10_000  # read at a time, and at most in a row group of the file
+
+
+def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> int:
+    """
+    Write rows to one Parquet file as they are read, whole or not at all.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): if a stream does not say the types of its columns,
+            those of its first rows are taken.
+        path (`str` or `os.PathLike`): of the file; its folder is created.
+
+    Returns:
+        `int`: rows written.
+
+    Raises:
+        `ValueError`: for a stream without rows.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    schema = None if rows.features is None else rows.features.arrow_schema
+    num_rows = 0
+    try:
+        tables = _tables(rows)
+        if schema is None:
+            first = next(tables, None)
+            if first is None:
+                raise ValueError(f"The stream has no rows, so {path} has no columns to be written with.")
+            schema, tables = first.schema, itertools.chain([first], tables)
+        with pa.parquet.ParquetWriter(
+            partial, schema, use_content_defined_chunking=True, write_page_index=True
+        ) as writer:
+            for table in tables:
+                writer.write_table(table_cast(table, schema))
+                num_rows += len(table)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_rows
+
+
+def _tables(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:
+    if isinstance(rows, Dataset) and rows._indices is not None:
+        numbers = rows._indices.column(0).to_numpy()  # of the rows that were selected
+        if (np.diff(numbers) > 0).all():
+            for start in range(0, len(rows.data), _ROWS_PER_PIECE):
+                first, last = np.searchsorted(numbers, [start, start + _ROWS_PER_PIECE])
+                if first < last:
+                    piece = rows.data.fast_slice(start, min(_ROWS_PER_PIECE, len(rows.data) - start))
+                    yield piece.take(numbers[first:last] - start)
+            return
+    yield from rows.with_format("arrow").iter(batch_size=_ROWS_PER_PIECE)
+
+
+@contextmanager
+def as_rows(curated: Dataset | IterableDataset) -> Iterator[Dataset]:
+    """A curated dataset with rows that can be counted: a stream is written to disk, for as long as the block runs."""
+    if isinstance(curated, Dataset):
+        yield curated
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        write_parquet(curated, path)
+        yield Dataset.from_parquet(str(path), split=curated.split, cache_dir=folder)
