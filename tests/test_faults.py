@@ -83,6 +83,17 @@ def test_nothing_to_resume_from_is_said_as_trainer_does(make_trainer):
         make_trainer().train(resume_from_checkpoint=True)
 
 
+def test_finished_run_that_is_resumed_stays_as_it_is(make_trainer):
+    """Trainer trains on one batch more where the last step is not the last of an epoch."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    finished = make_trainer(**options)
+    finished.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    _same(resumed, finished)
+
+
 def test_checkpoints_are_deleted_after_the_next_one_is_whole(make_trainer, monkeypatch):
     trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1)
     folder = Path(trainer.args.output_dir)

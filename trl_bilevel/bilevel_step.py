@@ -93,6 +93,10 @@ class BilevelStep(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Once per optimizer step: maybe new answers, then how much each row counts in the objective."""
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run was resumed: Trainer would train on one batch more, and move its rows' weights
+            self.control.should_training_stop = True
+            return [], None
         # Before a batch is fetched: the order of events is the same whether the run was interrupted here or not
         if self.refiner is not None:
             self._check_refresh_schedule()
