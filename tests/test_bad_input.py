@@ -39,6 +39,9 @@ ROWS = prompt_completion_rows(24)
         ({"packing": True, "max_length": None}, "needs `max_length`"),
         ({"train_sampling_strategy": "batch_rebalance"}, "Use 'random', 'sequential' or 'group_by_length'"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
+        ({"accelerator_config": {"split_batches": True}}, "`split_batches=True` is not supported"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches=True` is not supported"),
+        ({"accelerator_config": {"even_batches": False}}, "or set `dataloader_drop_last=True`"),
     ],
 )
 def test_wrong_options(make_config, options, message):

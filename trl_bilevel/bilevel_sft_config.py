@@ -374,3 +374,21 @@ def _check_sft_options(args: BilevelSFTConfig) -> None:
             "`auto_find_batch_size=True` is not supported: a retry would start with the weights of the failed attempt."
             " Set `per_device_train_batch_size` instead."
         )
+    _check_sharding_of_batches(args)
+
+
+def _check_sharding_of_batches(args: BilevelSFTConfig) -> None:
+    """Every process draws its own share of a global batch, as many rows as the others: they meet in each step."""
+    sharding = args.accelerator_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(sharding, name):
+            raise ValueError(
+                f"`accelerator_config` with `{name}=True` is not supported: it cuts up batches of training and "
+                "validation rows that belong together. Leave it out; every process then draws its own share of the "
+                "global batch."
+            )
+    if not sharding.even_batches and not args.dataloader_drop_last:
+        raise ValueError(
+            "`accelerator_config` with `even_batches=False` is not supported: a process without a last batch would "
+            "not meet the others in the selector's step. Leave it out, or set `dataloader_drop_last=True`."
+        )

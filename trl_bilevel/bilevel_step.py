@@ -32,6 +32,7 @@ from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 from .value_function import ValueFunction
+from .zero_gradients import ZeroGradients
 
 
 logger = get_logger(__name__)
@@ -81,6 +82,7 @@ class BilevelStep(SFTTrainer):
         self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
         self._step_validation_weight = self.args.validation_weight
         self._refresh_schedule_checked = False
+        self._zero_gradients = ZeroGradients()
 
     @property
     def validation_weight(self) -> float:
@@ -269,7 +271,7 @@ class BilevelStep(SFTTrainer):
             rows = rows.only(staying, layout)
         preferences, ratios = None, None
         if not finite.any():
-            loss = self._zero_loss()
+            loss = self._zero_loss(outputs)
             losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
             logger.warning(
                 f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
@@ -317,6 +319,7 @@ class BilevelStep(SFTTrainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """After the backward pass: theta-hat's, where there is a value function."""
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._zero_gradients.clear()
         if self.value_function is not None:
             with self.maybe_activation_offload_context:
                 self._fit_value_function(self.value_function, inputs)
@@ -372,8 +375,10 @@ class BilevelStep(SFTTrainer):
         outputs = layout.unpack(model(**inputs, **options, use_cache=False, fused_lm_head=True))
         return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
-    def _zero_loss(self) -> torch.Tensor:
+    def _zero_loss(self, outputs: RowOutputs) -> torch.Tensor:
         """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return self._zero_gradients.loss(outputs.log_probs)
         empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.cat([values.float() for values in empty]).sum()
 
