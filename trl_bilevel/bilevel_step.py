@@ -307,7 +307,7 @@ class BilevelStep(SFTTrainer):
                 outputs.entropy,
                 outputs.is_top1,
                 num_training_rows=rows.num_sequences if finite.any() else 0,
-                input_tokens=self._count_input_tokens(inputs),
+                input_tokens=self._count_input_tokens(inputs) * bool(finite.any()),
                 aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
                 preferences=preferences,
                 ratios=ratios,
