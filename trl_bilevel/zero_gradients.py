@@ -24,7 +24,7 @@ class ZeroGradients:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if isinstance(node, torch._C._functions.AccumulateGrad):
+            if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
                 self._handles.append(node.register_prehook(_zeros))
             waiting += [following for following, _ in node.next_functions]
         return (outputs.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * 0).sum()
