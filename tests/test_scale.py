@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
+pytestmark = pytest.mark.xdist_group("scale")  # its fixtures are launches of many runs: once is enough
+
 WORKER = Path(__file__).with_name("scale_worker.py")
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 BATCH_SIZE = 12  # of all processes together, where a run does not say otherwise
