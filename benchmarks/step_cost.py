@@ -97,8 +97,8 @@ class BenchmarkArguments:
         batch_size (`int`): training sequences per step; as many of validation rows join them.
         sequence_length (`int`): longest row, tokens; rows are between half of it and all of it, packed rows between a
             sixteenth and a quarter.
-        num_rows (`list[int]`): training rows for the figure of the cost as their number grows; none to leave it out.
-        lengths (`list[int]`): sequence lengths for the figure of the memory; none to leave it out.
+        num_rows (`list[int]`): training rows for the figure of the cost as their number grows; 0 to leave it out.
+        lengths (`list[int]`): sequence lengths for the figure of the memory; 0 to leave it out.
         figure (`str`, *optional*): PNG file for both figures.
         results (`str`, *optional*): JSON file that keeps what the figures show as it is measured: run the same again
             after an interruption, and it goes on.
@@ -474,6 +474,7 @@ def main(args: BenchmarkArguments) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{device}; {args}")
     measure_settings(args, console, tokenizer)
+    args.num_rows, args.lengths = list(filter(None, args.num_rows)), list(filter(None, args.lengths))
     if args.num_rows or args.lengths:
         measure_growth(args, console)
 
