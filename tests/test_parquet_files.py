@@ -4,7 +4,8 @@ import pytest
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from trl_bilevel import parquet_files
-from trl_bilevel.parquet_files import write_parquet
+from trl_bilevel.dataset_checks import hash_rows
+from trl_bilevel.parquet_files import read_column, write_parquet
 
 
 NUM_ROWS = 95
@@ -27,7 +28,7 @@ def _small_pieces(monkeypatch):
     [
         ROWS,
         ROWS.select([3, 8, 9, 10, 51, 94]),
-        ROWS.select([94, 0, 5, 5]),
+        ROWS.select([94, 0, 50, 5]),
         ROWS.filter(lambda row: row["label"] == 1).shard(2, 1, contiguous=True),
         ROWS.with_format("torch", columns=["label"]),
         ROWS.to_iterable_dataset(),
@@ -66,3 +67,13 @@ def test_stream_of_unknown_types(tmp_path):
     assert written.features == {"text": Value("string")}
     with pytest.raises(ValueError, match="The stream has no rows"):
         write_parquet(IterableDataset.from_generator(lambda: iter(())), tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("numbers", [range(NUM_ROWS), [3, 8, 9, 51], [94, 0, 5, 5, 60]])
+def test_selected_rows_are_read_as_they_are(numbers):
+    tokens = Dataset.from_dict({"input_ids": [[row, row % 7] for row in range(NUM_ROWS)]})
+    hashes = hash_rows(tokens)
+    assert len(set(hashes.tolist())) == NUM_ROWS
+    selected = tokens.select(numbers)
+    assert hash_rows(selected).tolist() == [hashes[number] for number in numbers]
+    assert read_column(selected, "input_ids").to_pylist() == selected.to_dict()["input_ids"]

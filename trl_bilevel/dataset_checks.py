@@ -17,6 +17,7 @@ from pandas.util import hash_pandas_object
 from .bilevel_sft_config import BilevelSFTConfig, ValidationLossType
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
+from .parquet_files import read_column, read_pieces
 
 
 logger = get_logger(__name__)
@@ -219,8 +220,7 @@ def resolve_sources(dataset: Dataset, column: str) -> Sources:
 
 def _read_labels(dataset: Dataset, column: str, role: str) -> pa.ChunkedArray:
     """A column of strings or integers."""
-    values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    values = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+    values = read_column(dataset, column)
     if not (
         pa.types.is_integer(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     ):
@@ -240,10 +240,15 @@ def hash_rows(dataset: Dataset, column: str = "input_ids") -> np.ndarray | None:
     if column not in dataset.column_names:
         return None
     hashes = bytearray()  # 8 bytes a row, and not an object for each
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+    dataset = dataset.select_columns([column])
+    stored = np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    order = stored.argsort(kind="stable")  # rows are read in the order they are stored in
+    for batch in read_pieces(dataset if dataset._indices is None else dataset.select(order)):
         for tokens in _token_bytes(batch.column(column).combine_chunks()):
             hashes += hashlib.blake2b(tokens, digest_size=8).digest()
-    return np.frombuffer(hashes, dtype=np.uint64)
+    in_order = np.empty(len(dataset), dtype=np.uint64)
+    in_order[order] = np.frombuffer(hashes, dtype=np.uint64)
+    return in_order
 
 
 def _token_bytes(rows: pa.ListArray) -> Iterator[bytes]:

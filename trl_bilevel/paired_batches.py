@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from .packing import PackedRows
+from .parquet_files import read_column
 from .preference_pairs import REFERENCE_NLL, is_paired, split_pair
 from .self_refining_collator import SelfRefiningCollator
 
@@ -54,7 +55,7 @@ def add_sample_indices(dataset: Dataset) -> Dataset:
 
 def read_sample_indices(training: Dataset) -> np.ndarray:
     """`SAMPLE_INDEX_COLUMN` of a prepared training dataset, int64 of shape (number of its rows,)."""
-    return training.select_columns([SAMPLE_INDEX_COLUMN]).with_format("numpy")[:][SAMPLE_INDEX_COLUMN]
+    return read_column(training, SAMPLE_INDEX_COLUMN).to_numpy()
 
 
 class PairedIndex(NamedTuple):

@@ -42,7 +42,7 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
     schema = None if rows.features is None else rows.features.arrow_schema
     num_rows = 0
     try:
-        tables = _tables(rows)
+        tables = read_pieces(rows)
         if schema is None:
             first = next(tables, None)
             if first is None:
@@ -60,10 +60,17 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
     return num_rows
 
 
-def _tables(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:
+def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """A column. Indexing a dataset would gather rows that were selected or filtered one by one."""
+    column = dataset.data.column(name)
+    return column if dataset._indices is None else column.take(dataset._indices.column(0))
+
+
+def read_pieces(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:
+    """Walk over all rows; fast as long as those that were selected come in the order they are stored in."""
     if isinstance(rows, Dataset) and rows._indices is not None:
-        numbers = rows._indices.column(0).to_numpy()  # of the rows that were selected
-        if (np.diff(numbers) > 0).all():
+        numbers = rows._indices.column(0).to_numpy().astype(np.int64)  # of the rows that were selected
+        if (numbers[1:] >= numbers[:-1]).all():
             for start in range(0, len(rows.data), _ROWS_PER_PIECE):
                 first, last = np.searchsorted(numbers, [start, start + _ROWS_PER_PIECE])
                 if first < last:
