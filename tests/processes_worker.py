@@ -55,8 +55,10 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         "responses": trainer.response_store.table().to_pylist(),
     }
     torch.save(result, Path(output_dir) / f"result-{trainer.accelerator.process_index}.pt")
-    trainer.end()  # leaves the process group: gloo's threads may abort a process that exits within it
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    for run in json.loads(sys.argv[1]):
+        main(**run)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits within it

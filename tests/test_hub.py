@@ -567,7 +567,7 @@ def test_full_disk_is_named(hub, trained, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Dataset, "to_parquet", full)
+    monkeypatch.setattr("trl_bilevel.hub.write_parquet", full)
     with pytest.raises(PublishError, match=r"No space left on device.*TMPDIR"):
         trained.push_curated_dataset(REPO)
     assert hub.files("dataset", REPO) == {}

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,7 @@ import torch
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORKER = Path(__file__).with_name("processes_worker.py")
-
-
-def _train(folder: Path, options: dict, num_processes: int, per_device_batch_size: int) -> list[dict]:
-    folder.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [*launcher, str(WORKER), str(folder), json.dumps(options), str(per_device_batch_size), "24"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(num_processes)]
+pytestmark = pytest.mark.xdist_group("processes")  # two launches serve all tests
 
 
 REFINE = {
@@ -34,33 +27,61 @@ REFINE = {
 }
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"selection_method": "bds", "source_column": "source"},
-        {"selection_method": "bmo"},
-        {"value_function": "adapter", "validation_loss_type": "dpo"},
-        # Each process divides by its own rows, so all must keep as many
-        {
-            "value_function": "adapter",
-            "average_tokens_across_devices": False,
-            "loss_normalization": "row",
-            "filter_ratio": 0.0,
-        },
-        # A stream is cut into the same global batches; 24 rows three times
-        {"is_streamed": True, "sample_id_column": "uid", "value_function": "adapter", "max_steps": 9},
-        REFINE,
-        # Sequences of several rows, not as many in one process as in the other
-        {"value_function": "adapter", "packing": True, "max_length": 80},
-        {"selection_method": "bmo", "packing": True, "max_length": 80},
-        {**REFINE, "padding_free": True, "max_length": None},
-    ],
-)
-def test_two_processes_equal_one(tmp_path, options):
-    """Invariant 2: 1 x 8 rows, or 2 packed sequences = 2 processes x 4, or 1."""
-    batch_size = 2 if options.get("packing") else 8
-    (one,) = _train(tmp_path / "one", options, 1, batch_size)
-    first, second = _train(tmp_path / "two", options, 2, batch_size // 2)
+RUNS: list[dict[str, Any]] = [
+    {"selection_method": "bds", "source_column": "source"},
+    {"selection_method": "bmo"},
+    {"value_function": "adapter", "validation_loss_type": "dpo"},
+    # Each process divides by its own rows, so all must keep as many
+    {
+        "value_function": "adapter",
+        "average_tokens_across_devices": False,
+        "loss_normalization": "row",
+        "filter_ratio": 0.0,
+    },
+    # A stream is cut into the same global batches; 24 rows three times
+    {"is_streamed": True, "sample_id_column": "uid", "value_function": "adapter", "max_steps": 9},
+    REFINE,
+    # Sequences of several rows, not as many in one process as in the other
+    {"value_function": "adapter", "packing": True, "max_length": 80},
+    {"selection_method": "bmo", "packing": True, "max_length": 80},
+    {**REFINE, "padding_free": True, "max_length": None},
+]
+
+
+def _train(folder: Path, num_processes: int) -> list[list[dict[str, Any]]]:
+    """What came of each run, by rank; the same processes do one after the other."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    folders = [folder / str(number) for number in range(len(RUNS))]
+    runs = []
+    for options, output_dir in zip(RUNS, folders, strict=True):
+        output_dir.mkdir()
+        # 1 x 8 rows, or 2 packed sequences = 2 processes x 4, or 1
+        batch_size = (2 if options.get("packing") else 8) // num_processes
+        runs.append(
+            {"output_dir": str(output_dir), "options": options, "per_device_batch_size": batch_size, "num_rows": 24}
+        )
+    command = [*launcher, str(WORKER), json.dumps(runs)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = range(num_processes)
+    return [[torch.load(path / f"result-{rank}.pt", weights_only=True) for rank in ranks] for path in folders]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return _train(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return _train(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_two_processes_equal_one(one_process, two_processes, number):
+    """Invariant 2."""
+    options = RUNS[number]
+    (one,), (first, second) = one_process[number], two_processes[number]
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from .dataset_card import column
 from .dataset_checks import resolve_sources
 from .report_figures import draw_curves, draw_weight_history
 from .report_rows import ReportRow, plain_text, report_rows
-from .run_records import FACTS_FILE_NAME, curate_run, find_scores, read_facts, source_ids
+from .run_records import curate_run, find_scores, read_facts, source_ids
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
 from .whole_files import write_whole
@@ -77,7 +77,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
     directory = find_scores(run_dir)
     scored = curate_run(directory)
-    facts = _facts(directory)
+    facts = read_facts(directory)
     log = read_log(run_dir) or TrainingLog(0, 0, 0.0, [])
     history = WeightHistory.load(directory)
     source_column = source_column or facts["options"].get("source_column")
@@ -104,15 +104,6 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
     template = resources.files("trl_bilevel").joinpath("cards/report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(values)
-
-
-def _facts(directory: Path) -> dict[str, Any]:
-    try:
-        return read_facts(directory)
-    except ValueError as error:
-        raise ValueError(
-            f"{directory / FACTS_FILE_NAME} is damaged and cannot be read ({error}). Give another checkpoint."
-        ) from error
 
 
 def write_report(page: str, path: str | os.PathLike) -> None:

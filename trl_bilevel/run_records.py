@@ -244,8 +244,18 @@ def upload_command(
 
 
 def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """What [`describe_run`] said of a run on disk."""
-    return json.loads((find_scores(run_dir) / FACTS_FILE_NAME).read_text())
+    """
+    What [`describe_run`] said of a run on disk.
+
+    Raises:
+        `FileNotFoundError`: if there is no run.
+        `ValueError`: if the file is damaged.
+    """
+    path = find_scores(run_dir) / FACTS_FILE_NAME
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged and cannot be read ({error}). Give another checkpoint.") from error
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
