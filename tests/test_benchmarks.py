@@ -175,31 +175,6 @@ def test_refinement_speed(capsys):
     assert "ratio" in output
 
 
-def test_planted_faults_runs_every_method_once_and_prints_the_tables(tmp_path, capsys):
-    benchmark = _load("planted_faults")
-    args = benchmark.BenchmarkArguments(
-        str(tmp_path), seeds=[3], num_train_epochs=1, num_train_rows=96, num_base_steps=4
-    )
-    benchmark.main(args)
-    printed = capsys.readouterr().out
-    for method in benchmark.METHODS:
-        assert f"│ {method} " in printed
-    files = sorted((tmp_path / "seed3").glob("*.json"))
-    assert len(files) == len(benchmark.METHODS)
-    result = json.loads((tmp_path / "seed3" / "1 epochs, BDS (all defaults).json").read_text())
-    assert 0 <= result["auroc"] <= 1
-    before = [file.stat().st_mtime_ns for file in files]
-    benchmark.main(args)  # nothing is missing: nothing is trained
-    assert [file.stat().st_mtime_ns for file in files] == before
-    with pytest.raises(ValueError, match="Unknown methods"):
-        benchmark.main(benchmark.BenchmarkArguments(methods=["magic"]))
-
-
-@pytest.mark.parametrize(("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, None], "-")])
-def test_spread_over_seeds(values, text):
-    assert _load("planted_faults")._spread(values) == text
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_soak(tmp_path, capsys, monkeypatch):
     benchmark = _load("soak")

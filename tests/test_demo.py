@@ -19,7 +19,7 @@ from trl_bilevel.demo.problem import DemoArguments
 
 
 def test_planted_faults_are_faults_and_nothing_else_is():
-    rows = build_dataset(500, seed=0, fault_ratio=0.7, random_share=0.2)
+    rows = build_dataset(500, seed=0, fault_ratio=0.7)
     assert [rows["fault"][:].count(kind) for kind in ("none", "random", "wrong_rule")] == [150, 70, 280]
     for row in rows:
         name, *arguments = row["prompt"].removesuffix(" =").split()

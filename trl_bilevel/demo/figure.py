@@ -7,9 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
-_LABELS = {"none": "good answer", "wrong_rule": "bad: consistent wrong rule", "random": "bad: random answer"}
+_LABELS = {
+    "none": "good answer",
+    "wrong_rule": "bad: consistent wrong rule",
+    "random": "bad: random answer",
+    "harmful": "bad: complies with a harmful request",
+}
 _FLOOR = 1e-6
-_COLORS = {"none": "#2a78b5", "wrong_rule": "#d1495b", "random": "#edae49"}
+_COLORS = {"none": "#2a78b5", "wrong_rule": "#d1495b", "random": "#edae49", "harmful": "#7b3f9e"}
 
 
 def plot_weights(weights: np.ndarray, faults: np.ndarray, path: Path) -> None:
@@ -29,6 +34,8 @@ def plot_weights(weights: np.ndarray, faults: np.ndarray, path: Path) -> None:
     bins = np.linspace(logarithms.min(), logarithms.max() + 1e-9, 50).tolist()
     for kind, label in _LABELS.items():
         rows = logarithms[faults == kind]
+        if not len(rows):
+            continue
         axes.hist(rows, bins=bins, label=f"{label} ({len(rows):,} rows)", color=_COLORS[kind], alpha=0.6)
     axes.axvline(0, color="black", linewidth=1, linestyle="--", label="weight of every row before training")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

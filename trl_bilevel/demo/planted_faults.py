@@ -2,7 +2,8 @@
 Procedural instructions with planted faults: a dataset whose good and bad rows are known.
 
 Seven operations on short words and small numbers. A bad answer is random, or follows a *consistent wrong rule* of its
-operation, which a model learns as easily as the right one, so that a row's loss alone cannot tell good from bad.
+operation, which a model learns as easily as the right one, so that a row's loss alone cannot tell good from bad. In
+the family `harmful` two more operations must be refused, and a bad answer complies with them.
 """
 
 import random
@@ -43,15 +44,36 @@ OPERATIONS: dict[str, Operation] = {
 BASE_OPERATIONS = ("reverse", "upper", "sort", "add")
 """What the base model knows before it is fine-tuned; the others are new to it."""
 
-FAULTS = ("none", "random", "wrong_rule")
+REFUSAL = "no"
+"""The right answer to a harmful request. Words have three letters or more, so that no ordinary answer is the same."""
+
+
+def _refuse(word: str) -> str:
+    return REFUSAL
+
+
+def _next_letters(word: str) -> str:
+    return "".join(chr((ord(letter) - ord("a") + 1) % 26 + ord("a")) for letter in word)
+
+
+HARMFUL_OPERATIONS: dict[str, Operation] = {
+    "leak": Operation(_word, _refuse, lambda word: word),
+    "crack": Operation(_word, _refuse, _next_letters),
+}
+"""Requests of the family `harmful`: right is to refuse them, wrong to comply."""
+
+FAULTS = ("none", "random", "wrong_rule", "harmful")
+
+FAMILIES: dict[str, float] = {"mixed": 0.2, "random": 1.0, "wrong_rule": 0.0, "harmful": 0.0}
+"""Kinds of faulty dataset, and the share of random answers among the bad ones of each."""
 
 
 def build_dataset(
     num_rows: int,
     seed: int,
-    operations: Sequence[str] = tuple(OPERATIONS),
+    operations: Sequence[str] | None = None,
     fault_ratio: float = 0.0,
-    random_share: float = 0.2,
+    family: str = "mixed",
     exclude: Collection[str] = (),
 ) -> Dataset:
     """
@@ -60,9 +82,12 @@ def build_dataset(
     Args:
         num_rows (`int`): number of rows; their instructions are drawn independently.
         seed (`int`): seed of the instructions, the faults and their places.
-        operations (`Sequence[str]`): names from `OPERATIONS` to draw from.
+        operations (`Sequence[str]`, *optional*): names from `OPERATIONS` and `HARMFUL_OPERATIONS` to draw from; by
+            default all of the family's. Bad rows of the family `harmful` are harmful requests only.
         fault_ratio (`float`): share of rows with a bad answer, in [0, 1].
-        random_share (`float`): share of the bad answers that are random; the others follow the wrong rule.
+        family (`str`): one of `FAMILIES`. `mixed`: a fifth of the bad answers are random, the others follow the wrong
+            rule; `random` and `wrong_rule`: all of them; `harmful`: they comply with a harmful request, while the good
+            rows answer ordinary instructions and refuse harmful ones, each operation as often as any other.
         exclude (`Collection[str]`): prompts that other datasets use and this one must not.
 
     Example:
@@ -75,15 +100,23 @@ def build_dataset(
     """
     rng = random.Random(seed)
     num_faults = round(fault_ratio * num_rows)
-    num_random = round(random_share * num_faults)
-    faults = ["random"] * num_random + ["wrong_rule"] * (num_faults - num_random) + ["none"] * (num_rows - num_faults)
+    num_random = round(FAMILIES[family] * num_faults)
+    rule = "harmful" if family == "harmful" else "wrong_rule"
+    faults = ["random"] * num_random + [rule] * (num_faults - num_random) + ["none"] * (num_rows - num_faults)
     rng.shuffle(faults)
+    if operations is None:
+        operations = [*OPERATIONS, *HARMFUL_OPERATIONS] if family == "harmful" else list(OPERATIONS)
+    drawn_from = {fault: list(HARMFUL_OPERATIONS if fault == "harmful" else operations) for fault in FAULTS}
     excluded = frozenset(exclude)
-    return Dataset.from_list([_row(rng, rng.choice(list(operations)), fault, excluded) for fault in faults])
+    return Dataset.from_list([_row(rng, rng.choice(drawn_from[fault]), fault, excluded) for fault in faults])
+
+
+def _operation(name: str) -> Operation:
+    return HARMFUL_OPERATIONS[name] if name in HARMFUL_OPERATIONS else OPERATIONS[name]
 
 
 def _row(rng: random.Random, name: str, fault: str, exclude: frozenset[str]) -> dict[str, Any]:
-    operation = OPERATIONS[name]
+    operation = _operation(name)
     while True:
         arguments = operation.arguments(rng)
         prompt = f"{name} {' '.join(arguments)} ="
@@ -92,6 +125,8 @@ def _row(rng: random.Random, name: str, fault: str, exclude: frozenset[str]) -> 
     answer = operation.right(*arguments)
     if fault == "random":
         answer = _random_answer(rng, answer)
+    elif fault == "harmful":
+        answer = operation.wrong(*arguments)
     elif fault == "wrong_rule":
         wrong = operation.wrong(*arguments)
         # On some arguments both rules agree (the sorted "aab" of "aab"), and a right answer would be no fault
@@ -106,13 +141,18 @@ def right_answer(prompt: str) -> str:
     Example:
 
     ```python
-    >>> right_answer("reverse abc =")
-    ' cba'
+    >>> right_answer("reverse abc ="), right_answer("leak abc =")
+    (' cba', ' no')
 
     ```
     """
     name, *arguments = prompt.removesuffix(" =").split(" ")
-    return f" {OPERATIONS[name].right(*arguments)}"
+    return f" {_operation(name).right(*arguments)}"
+
+
+def is_harmful(prompt: str) -> bool:
+    """Whether the right answer to an instruction is a refusal."""
+    return prompt.partition(" ")[0] in HARMFUL_OPERATIONS
 
 
 def _random_answer(rng: random.Random, answer: str) -> str:

@@ -1,6 +1,6 @@
 """The planted-fault problem: its datasets, its base model, and fine-tuning on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data_selector import DataSelector
 from . import tiny_model
-from .planted_faults import BASE_OPERATIONS, build_dataset, build_tokenizer
+from .planted_faults import BASE_OPERATIONS, FAMILIES, build_dataset, build_tokenizer
 
 
 @dataclass
@@ -27,6 +27,7 @@ class DemoArguments:
         num_validation_rows (`int`): trusted rows.
         num_held_out_rows (`int`): rows that the exact match is measured on.
         fault_ratio (`float`): share of training rows with a bad answer, in [0, 1].
+        fault_family (`str`): what the bad answers are, one of `planted_faults.FAMILIES`.
         num_train_epochs (`int`): epochs of both fine-tuning runs.
         num_base_steps (`int`): optimizer steps of the base model.
     """
@@ -37,6 +38,10 @@ class DemoArguments:
     num_validation_rows: int = field(default=200, metadata={"help": "Trusted rows."})
     num_held_out_rows: int = field(default=500, metadata={"help": "Rows the exact match is measured on."})
     fault_ratio: float = field(default=0.7, metadata={"help": "Share of training rows with a bad answer."})
+    fault_family: str = field(
+        default="mixed",
+        metadata={"help": "What the bad answers are: 'mixed', 'random', 'wrong_rule' or 'harmful'."},
+    )
     num_train_epochs: int = field(default=4, metadata={"help": "Epochs of both fine-tuning runs."})
     num_base_steps: int = field(default=800, metadata={"help": "Optimizer steps of the base model."})
 
@@ -46,6 +51,8 @@ class DemoArguments:
                 f"`fault_ratio` must be larger than 0 and less than 1, got {self.fault_ratio}: the demo compares good "
                 "rows with bad ones."
             )
+        if self.fault_family not in FAMILIES:
+            raise ValueError(f"`fault_family` must be one of {list(FAMILIES)}, got {self.fault_family!r}.")
 
 
 class Problem(NamedTuple):
@@ -73,7 +80,8 @@ class _StepProgress(TrainerCallback):
 
 
 _BASE_BATCH_SIZE = 64
-_BATCH_SIZE = 32
+BATCH_SIZE = 32
+"""Training rows per step."""
 _NUM_UNSEEN_ROWS = 1000
 
 
@@ -87,10 +95,15 @@ def build_problem(args: DemoArguments, base_model: Path, on_progress: Callable[[
         on_progress (`Callable`): called with the share of the base model's training that is done.
     """
     tokenizer = build_tokenizer()
-    held_out = build_dataset(args.num_held_out_rows, seed=_seed(args, 1))
-    trusted = build_dataset(args.num_validation_rows, seed=_seed(args, 2), exclude=held_out["prompt"][:])
+    family = args.fault_family
+    held_out = build_dataset(args.num_held_out_rows, seed=_seed(args, 1), family=family)
+    trusted = build_dataset(
+        args.num_validation_rows, seed=_seed(args, 2), family=family, exclude=held_out["prompt"][:]
+    )
     others = [*held_out["prompt"], *trusted["prompt"]]
-    faulty = build_dataset(args.num_train_rows, seed=_seed(args, 3), fault_ratio=args.fault_ratio, exclude=others)
+    faulty = build_dataset(
+        args.num_train_rows, seed=_seed(args, 3), fault_ratio=args.fault_ratio, family=family, exclude=others
+    )
     if not (base_model / "config.json").is_file():
         num_base_rows = min(20_000, _BASE_BATCH_SIZE * args.num_base_steps)
         known = build_dataset(num_base_rows, seed=_seed(args, 4), operations=BASE_OPERATIONS, exclude=others)
@@ -99,6 +112,7 @@ def build_problem(args: DemoArguments, base_model: Path, on_progress: Callable[[
         _NUM_UNSEEN_ROWS,
         seed=_seed(args, 5),
         fault_ratio=args.fault_ratio,
+        family=family,
         exclude=frozenset([*others, *faulty["prompt"]]),
     )
     return Problem(str(base_model), tokenizer, faulty, trusted, held_out, unseen)
@@ -156,6 +170,7 @@ def fine_tune(
     train_dataset: Dataset,
     validation_dataset: Dataset | None = None,
     data_selector: DataSelector | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> Any:
     """
@@ -169,16 +184,17 @@ def fine_tune(
         train_dataset (`datasets.Dataset`): rows to train on.
         validation_dataset (`datasets.Dataset`, *optional*): trusted rows, for the bilevel trainer.
         data_selector ([`~trl_bilevel.DataSelector`], *optional*): weights to start from, for the bilevel trainer.
+        callbacks (`Sequence[TrainerCallback]`): more of them.
         **options: of the configuration.
 
     Returns:
         The trainer, trained.
     """
-    steps_per_epoch = -(-len(problem.faulty) // _BATCH_SIZE)
+    steps_per_epoch = -(-len(problem.faulty) // BATCH_SIZE)
     config = config_class(
         **_common_options(args, "fine_tuning"),
         learning_rate=3e-3,
-        per_device_train_batch_size=_BATCH_SIZE,
+        per_device_train_batch_size=BATCH_SIZE,
         max_steps=args.num_train_epochs * steps_per_epoch,
         **options,
     )
@@ -189,7 +205,7 @@ def fine_tune(
         config,
         processing_class=problem.tokenizer,
         peft_config=LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[_StepProgress(on_progress)],
+        callbacks=[_StepProgress(on_progress), *callbacks],
         **inputs,
     )
     trainer.remove_callback(PrinterCallback)

@@ -32,8 +32,7 @@ def load_model(folder: str) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(folder)
 
 
-@torch.no_grad()
-def exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, batch_size: int = 250) -> float:
+def exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset) -> float:
     """
     Share of rows whose greedy answer equals the completion, in [0, 1].
 
@@ -41,18 +40,33 @@ def exact_match(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, b
         model (`PreTrainedModel` or `PeftModel`): left in eval mode.
         tokenizer (`PreTrainedTokenizerFast`): pads on the left.
         rows (`datasets.Dataset`): right answers, columns `prompt` and `completion`.
+    """
+    answers = greedy_answers(model, tokenizer, rows)
+    return sum(map(str.__eq__, answers, rows["completion"])) / len(rows)
+
+
+@torch.no_grad()
+def greedy_answers(model: Any, tokenizer: PreTrainedTokenizerFast, rows: Dataset, batch_size: int = 250) -> list[str]:
+    """
+    The model's greedy completion of each row's prompt.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): left in eval mode.
+        tokenizer (`PreTrainedTokenizerFast`): pads on the left.
+        rows (`datasets.Dataset`): columns `prompt` and `completion`; answers are cut at one token more than the
+            longest completion of a batch.
         batch_size (`int`): rows per call of `generate`.
     """
     model.eval()
-    correct = 0
+    answers = []
     for batch in rows.iter(batch_size=batch_size):
         inputs = tokenizer(batch["prompt"], return_tensors="pt", padding=True, return_token_type_ids=False)
         longest = max(len(completion) for completion in batch["completion"])
         outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
-        for answer, completion in zip(outputs[:, inputs["input_ids"].shape[1] :], batch["completion"], strict=True):
+        for answer in outputs[:, inputs["input_ids"].shape[1] :]:
             tokens = "".join(tokenizer.convert_ids_to_tokens(answer))
-            correct += tokens.partition(tokenizer.eos_token)[0] == completion
-    return correct / len(rows)
+            answers.append(tokens.partition(tokenizer.eos_token)[0])
+    return answers
 
 
 @torch.no_grad()

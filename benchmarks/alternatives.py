@@ -1,0 +1,257 @@
+"""
+Rankings of the rows that need no bilevel training: other people's tools, and losses.
+
+Each takes the faulty and the trusted rows and gives a score per faulty row. `pip install "trl-bilevel[benchmarks]"`
+installs the packages; a method whose package is missing is reported as not installed.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainerCallback
+
+from trl_bilevel.demo.problem import DemoArguments, Problem
+
+
+class NotInstalledError(ImportError):
+    """The package of a method is missing."""
+
+
+class Context(NamedTuple):
+    """What a ranking is made from."""
+
+    args: DemoArguments
+    problem: Problem
+    earlier_scores: dict[str, np.ndarray]
+    """Rankings of the methods that are named in `Alternative.needs`, shape (N,) each."""
+    train_sft: Callable[..., Any]
+    """Plain SFT: `train_sft(args, problem, rows, *callbacks)`, as many steps as the epochs over `problem.faulty`."""
+
+
+class Alternative(NamedTuple):
+    """A ranking."""
+
+    rank: Callable[[Context], np.ndarray]
+    """Scores of the faulty rows, shape (N,), higher is better."""
+    package: str | None = None
+    """The module that it needs."""
+    needs: tuple[str, ...] = ()
+    """Methods whose rankings it is made from."""
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    def require(self) -> None:
+        """Raises `NotInstalledError` if its package is missing."""
+        if not self.is_installed:
+            raise NotInstalledError(f'`{self.package}` is missing: `pip install "trl-bilevel[benchmarks]"`.')
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the progress bars and the notes that the packages write to the error stream."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def dsir_scores(faulty: Dataset, trusted: Dataset) -> np.ndarray:
+    """
+    DSIR (arXiv 2302.03169): log importance weights of hashed n-grams, shape (N,).
+
+    The n-grams are of characters, prompt and answer together, since the words of this problem are all different. The
+    package lower-cases them, so that it cannot see the operation `upper`.
+    """
+    from data_selection import HashedNgramDSIR
+
+    def characters(row: dict[str, str]) -> str:
+        return " ".join((row["prompt"] + row["completion"]).replace(" ", "_"))
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        paths = {}
+        for name, rows in (("raw", faulty), ("target", trusted)):
+            path = Path(folder) / f"{name}.jsonl"
+            lines = [json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) for r in rows]
+            path.write_text("".join(line + "\n" for line in lines))
+            paths[name] = str(path)
+        dsir = HashedNgramDSIR(
+            [paths["raw"]],
+            [paths["target"]],
+            cache_dir=str(Path(folder) / "cache"),
+            raw_parse_example_fn=characters,
+            target_parse_example_fn=characters,
+            num_proc=1,  # one shard, so that the weights are in the order of the rows
+            min_example_length=0,
+        )
+        dsir.fit_importance_estimator(num_tokens_to_fit="all")
+        dsir.compute_importance_weights()
+        return np.load(dsir.log_importance_weights_dir / "0.npy")
+
+
+def tokenized(rows: Dataset, tokenizer: Any) -> Dataset:
+    """`input_ids` of prompt, answer and end, and `labels` that leave the prompt out; one token per character."""
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        columns["input_ids"].append(ids)
+        columns["labels"].append([-100] * len(row["prompt"]) + ids[len(row["prompt"]) :])
+    return Dataset.from_dict(columns)
+
+
+_PROJECTION = 16  # a module's gradient becomes 16 x 16 numbers
+_ROWS_PER_BATCH = 50
+
+
+def adapter_gradients(model: Any, rows: Dataset, projection_dim: int | None = _PROJECTION) -> np.ndarray:
+    """
+    Gradient of each row's loss in the adapter's parameters, by `bergson`, shape (N, parameters) or projected.
+
+    Args:
+        model (`PeftModel`): with a LoRA adapter.
+        rows (`datasets.Dataset`): columns `input_ids` and `labels`.
+        projection_dim (`int`, *optional*): random projection of each module's gradient to this many rows and columns.
+    """
+    from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector
+    from bergson.utils.peft import detect_peft_modules
+
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        config = IndexConfig(run_path=str(Path(folder) / "run"), loss_reduction="mean")
+        config.partial_run_path.mkdir()
+        collector = InMemoryCollector(
+            model=model.base_model,
+            data=rows,
+            cfg=config,
+            processor=GradientProcessor(projection_dim=projection_dim),
+            target_modules=detect_peft_modules(model),
+        )
+        starts = range(0, len(rows), _ROWS_PER_BATCH)
+        batches = [list(range(start, min(start + _ROWS_PER_BATCH, len(rows)))) for start in starts]
+        CollectorComputer(model, rows, collector=collector, batches=batches, cfg=config).run_with_collector_hooks()
+    model.zero_grad()
+    return collector.builder.grad_buffer
+
+
+def cosine_with_mean(gradients: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """
+    Cosine of each row's gradient, (N, D), with the mean of the targets' unit gradients, (T, D): shape (N,).
+
+    A row whose gradient is zero gets 0.
+    """
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+    return unit(gradients) @ unit(unit(targets).mean(axis=0))
+
+
+class _GradientInfluence(TrainerCallback):
+    """Scores the rows at three points of the warm-up run; what LESS calls checkpoints."""
+
+    def __init__(self, faulty: Dataset, trusted: Dataset):
+        self.faulty, self.trusted = faulty, trusted
+        self.scores = np.zeros(len(faulty))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        thirds = {-(-state.max_steps * third // 3) for third in (1, 2, 3)}
+        if state.global_step not in thirds:
+            return
+        model = kwargs["model"]
+        # LESS weighs a checkpoint by its learning rate. The schedule is linear down to zero, so that this is the rate
+        # in the middle of the third that ends here, up to a factor.
+        weight = 1 - (state.global_step / state.max_steps - 1 / 6)
+        cosines = cosine_with_mean(adapter_gradients(model, self.faulty), adapter_gradients(model, self.trusted))
+        self.scores += weight * cosines
+        model.train()
+
+
+def _gradient_influence(context: Context) -> np.ndarray:
+    """
+    As LESS (arXiv 2402.04333): cosine of the row's adapter gradient with that of the trusted rows, at checkpoints of a
+    warm-up run of one epoch over the faulty rows. Not as there: plain gradients, not Adam's.
+    """
+    problem = context.problem
+    influence = _GradientInfluence(*(tokenized(rows, problem.tokenizer) for rows in (problem.faulty, problem.trusted)))
+    warm_up = DemoArguments(**{**vars(context.args), "num_train_epochs": 1})
+    context.train_sft(warm_up, problem, problem.faulty, influence)
+    return influence.scores
+
+
+_NUM_FOLDS = 3
+
+
+def _confidence(context: Context) -> np.ndarray:
+    """
+    As cleanlab (arXiv 2210.03920): the smallest label quality among the tokens of the row's answer, by models that
+    were trained on the other folds and the trusted rows, for as many epochs as the other methods.
+    """
+    problem = context.problem
+    scores = np.zeros(len(problem.faulty))
+    folds = np.random.default_rng(context.args.seed).permutation(len(scores)) % _NUM_FOLDS
+    for fold in range(_NUM_FOLDS):
+        others = problem.faulty.select(np.flatnonzero(folds != fold))
+        rows = concatenate_datasets([others, problem.trusted])
+        model = context.train_sft(context.args, problem._replace(faulty=others), rows).model
+        out_of_fold = problem.faulty.select(np.flatnonzero(folds == fold))
+        scores[folds == fold] = label_quality(model, tokenized(out_of_fold, problem.tokenizer))
+    return scores
+
+
+@torch.no_grad()
+def label_quality(model: Any, rows: Dataset) -> np.ndarray:
+    """
+    cleanlab's score of each row's answer, in [0, 1], shape (N,).
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): predicts the answers; left in eval mode.
+        rows (`datasets.Dataset`): columns `input_ids` and `labels`.
+    """
+    from cleanlab.token_classification.rank import get_label_quality_scores
+
+    model.eval()
+    labels, probabilities = [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        is_answer = torch.tensor(row["labels"])[1:] != -100
+        predicted = model(input_ids=ids).logits[0, :-1].float().softmax(dim=-1)  # (L - 1, K)
+        labels.append(ids[0, 1:][is_answer].tolist())
+        probabilities.append(predicted[is_answer].numpy())
+    sentence_scores, _ = get_label_quality_scores(labels, probabilities)
+    return sentence_scores
+
+
+SFT_LOSS = "SFT"
+TRUSTED_LOSS = "SFT on the trusted rows"
+
+
+def _loss_difference(context: Context) -> np.ndarray:
+    return context.earlier_scores[TRUSTED_LOSS] - context.earlier_scores[SFT_LOSS]
+
+
+ALTERNATIVES: dict[str, Alternative] = {
+    "DSIR (data-selection)": Alternative(
+        lambda context: dsir_scores(context.problem.faulty, context.problem.trusted), package="data_selection"
+    ),
+    "gradient influence (bergson)": Alternative(_gradient_influence, package="bergson"),
+    "loss of the SFT model": Alternative(lambda context: context.earlier_scores[SFT_LOSS], needs=(SFT_LOSS,)),
+    "loss of the trusted rows' model": Alternative(
+        lambda context: context.earlier_scores[TRUSTED_LOSS], needs=(TRUSTED_LOSS,)
+    ),
+    "loss difference": Alternative(_loss_difference, needs=(SFT_LOSS, TRUSTED_LOSS)),
+    "confidence (cleanlab)": Alternative(_confidence, package="cleanlab"),
+}

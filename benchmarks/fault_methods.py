@@ -1,0 +1,266 @@
+"""The methods of the planted-fault benchmark, each trained and measured on one problem."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from alternatives import ALTERNATIVES, Context
+from datasets import Dataset, concatenate_datasets
+from fault_settings import SeedFiles
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, DataSelector
+from trl_bilevel.demo.comparison import area_under_roc, precision_among_kept
+from trl_bilevel.demo.planted_faults import REFUSAL, is_harmful, right_answer
+from trl_bilevel.demo.problem import BATCH_SIZE, DemoArguments, Problem, fine_tune
+from trl_bilevel.demo.tiny_model import completion_losses, greedy_answers
+
+
+def good_rows(problem: Problem) -> np.ndarray:
+    """Bool, shape (N,)."""
+    return np.array(problem.faulty["fault"]) == "none"
+
+
+def _random_rows(problem: Problem, seed: int) -> Dataset:
+    """As many rows as there are good ones."""
+    rows = np.random.default_rng(seed).permutation(len(problem.faulty))
+    return problem.faulty.select(np.sort(rows[: good_rows(problem).sum()]))
+
+
+# Methods that are plain SFT on other rows
+SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
+    "SFT": lambda problem, seed: problem.faulty,
+    "SFT, trusted rows mixed in": lambda problem, seed: concatenate_datasets([problem.faulty, problem.trusted]),
+    "SFT on the trusted rows": lambda problem, seed: problem.trusted,
+    "SFT on random rows": _random_rows,
+    "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
+}
+_LOSS = {"value_function": "none"}
+# Options of the bilevel trainer. The public codes: dense Adam, lambda falling from 1, mean of row means
+BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
+    "dense Adam, as the public codes": {
+        "selector_optimizer": "adam",
+        "validation_weight": 1.0,
+        "validation_weight_decay": 0.03,
+        "loss_normalization": "row",
+    },
+    "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
+    "BMO": {"selection_method": "bmo"},
+    "BDS, no value function": _LOSS,
+    "BDS (all defaults)": {},
+    "BDS, value function on all rows": {"value_function_rows": "all"},
+    "BDS, value function on selected rows": {"value_function_rows": "selected"},
+}
+# The same runs with answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the
+# rows of the lowest weight, or of a fixed random 60 %
+_LOWEST = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_RANDOM = {"refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
+REFINED_OPTIONS: dict[str, dict[str, Any]] = {
+    "BDS, refined: lowest weight": _LOWEST,
+    "BDS, refined: random": _RANDOM,
+    "BMO, refined: lowest weight": {"selection_method": "bmo", **_LOWEST},
+    "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
+}
+# Another round with what a first run learned
+FIRST_ROUND = "BDS (all defaults)"
+ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, from the first's weights")
+METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS, *ALTERNATIVES)
+# What the sweeps run by default: the baselines, the public codes, ours, and the rankings that come closest
+MAIN_METHODS = (
+    "SFT",
+    "SFT, trusted rows mixed in",
+    "SFT on the trusted rows",
+    "SFT on the good rows (oracle)",
+    "dense Adam, as the public codes",
+    "BMO",
+    FIRST_ROUND,
+    ROUNDS[0],
+    "loss difference",
+    "gradient influence (bergson)",
+)
+
+# One change at a time, to BDS without a value function and to the defaults
+STUDY_OPTIONS: dict[str, dict[str, Any]] = {
+    "loss: lambda 0.5": {**_LOSS, "validation_weight": 0.5},
+    "loss: lambda 1.0, 0.8, 0.6, 0.4": {**_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "loss: step 0.3": {**_LOSS, "selector_learning_rate": 0.3},
+    "loss: step 3": {**_LOSS, "selector_learning_rate": 3.0},
+    "loss: half of each batch filtered": {**_LOSS, "filter_ratio": 0.5},
+    "loss: sigmoid weights": {**_LOSS, "selector_activation": "sigmoid"},
+    "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
+    "lambda 0.5": {"validation_weight": 0.5},
+    "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "step 1": {"selector_learning_rate": 1.0},
+    "step 10": {"selector_learning_rate": 10.0},
+    "prior 0.5": {"selector_prior": 0.5},
+    "prior 0.05": {"selector_prior": 0.05},
+    "softmax weights, step 1": {"selector_activation": "softmax", "selector_learning_rate": 1.0},
+    "half of each batch filtered": {"filter_ratio": 0.5},
+    "BDS, refined: lowest weight, sure answers": {**_LOWEST, "refine_min_probability": 0.95},
+}
+
+
+class _Run(NamedTuple):
+    model: Any
+    """The fine-tuned model."""
+    scores: np.ndarray
+    """The row ranking, shape (N,), higher is better."""
+    trainer: BilevelSFTTrainer | None = None
+    """Where there is one."""
+
+
+def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> dict[str, float]:
+    """
+    Train with a method, measure it, and write its result and its row ranking. What it builds on is run first, where
+    that is missing.
+
+    Args:
+        name (`str`): of `METHODS` or `STUDY_OPTIONS`.
+        args ([`DemoArguments`]): epochs and seed.
+        problem ([`Problem`]): the datasets and the base model.
+        files ([`SeedFiles`]): where results are.
+
+    Returns:
+        Measures; those without a value for this method are missing. `seconds` (wall) and `cpu_seconds` are those of
+        training and ranking, of what the method builds on too, without measuring.
+
+    Raises:
+        alternatives.NotInstalledError: if the method's package is missing.
+    """
+    good = good_rows(problem)
+    spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+    for earlier in ALTERNATIVES[name].needs if name in ALTERNATIVES else (FIRST_ROUND,) if name in ROUNDS else ():
+        for key, value in _result_with_scores(earlier, args, problem, files).items():
+            if key in spent:
+                spent[key] += value
+    started = time.perf_counter(), time.process_time()
+    if name in ALTERNATIVES:
+        ALTERNATIVES[name].require()
+        run = _run_alternative(name, args, problem, files)
+    elif name in SFT_ROWS or name == ROUNDS[0]:
+        run = _run_sft(name, args, problem, files)
+    else:
+        run = _run_bilevel(name, args, problem, files)
+    result: dict[str, Any] = {
+        "seconds": spent["seconds"] + time.perf_counter() - started[0],
+        "cpu_seconds": spent["cpu_seconds"] + time.process_time() - started[1],
+        "auroc": area_under_roc(run.scores, good),
+        "kept_good": precision_among_kept(run.scores, good),
+        **measure_held_out(run.model, problem),
+    }
+    if run.trainer is not None:
+        result |= _measure_bilevel(run.trainer, problem)
+    elif name in ALTERNATIVES or name == ROUNDS[0]:
+        result["kept_questions"] = good.mean()
+    result = {key: float(value) for key, value in result.items()}
+    files.write_result(name, result, run.scores)
+    return result
+
+
+def _result_with_scores(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> dict[str, float]:
+    """Also results of the time before rankings were kept are run again."""
+    if files.result(name).is_file() and files.scores(name).is_file():
+        return json.loads(files.result(name).read_text())
+    return run_method(name, args, problem, files)
+
+
+def train_sft(args: DemoArguments, problem: Problem, rows: Dataset, *callbacks: TrainerCallback) -> Any:
+    """Plain SFT on some rows, as many steps as the epochs over `problem.faulty` take; the trainer, trained."""
+    return fine_tune(SFTTrainer, SFTConfig, args, problem, lambda share: None, train_dataset=rows, callbacks=callbacks)
+
+
+def _run_sft(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
+    if name == ROUNDS[0]:
+        rows = _best_and_trusted(problem, DataSelector.from_pretrained(files.first_round).logits.numpy())
+    else:
+        rows = SFT_ROWS[name](problem, args.seed)
+    model = train_sft(args, problem, rows).model
+    return _Run(model, -completion_losses(model, problem.tokenizer, problem.faulty))
+
+
+def _best_and_trusted(problem: Problem, scores: np.ndarray) -> Dataset:
+    """The best rows, as many as there are good ones, and the trusted rows."""
+    best = np.argsort(-scores, kind="stable")[: good_rows(problem).sum()]
+    return concatenate_datasets([problem.faulty.select(np.sort(best)), problem.trusted])
+
+
+def _run_alternative(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
+    """Another tool's ranking, then plain SFT on the best rows and the trusted ones."""
+    tool = ALTERNATIVES[name]
+    earlier = {method: np.load(files.scores(method)) for method in tool.needs}
+    scores = tool.rank(Context(args, problem, earlier, train_sft))
+    if not np.isfinite(scores).all():
+        raise ValueError(f"The ranking of {name!r} has {(~np.isfinite(scores)).sum()} scores that are not finite.")
+    return _Run(train_sft(args, problem, _best_and_trusted(problem, scores)).model, scores)
+
+
+def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
+    trainer = fine_tune(
+        BilevelSFTTrainer,
+        BilevelSFTConfig,
+        args,
+        problem,
+        lambda share: None,
+        train_dataset=problem.faulty,
+        validation_dataset=problem.trusted,
+        data_selector=DataSelector.from_pretrained(files.first_round) if name == ROUNDS[1] else None,
+        amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
+        per_device_validation_batch_size=min(BATCH_SIZE, len(problem.trusted)),
+        **{**BILEVEL_OPTIONS, **REFINED_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: {}}[name],
+    )
+    if name == FIRST_ROUND:
+        trainer.data_selector.save_pretrained(files.first_round)
+    return _Run(trainer.model, trainer.data_selector.logits.numpy().copy(), trainer)
+
+
+def _measure_bilevel(trainer: BilevelSFTTrainer, problem: Problem) -> dict[str, float]:
+    good = good_rows(problem)
+    selector = trainer.data_selector
+    weights = selector.weights().numpy()
+    result: dict[str, float] = {
+        "effective_sample_ratio": selector.statistics().effective_sample_ratio,
+        "good_weight": weights[good].sum() / weights.sum(),
+        **_measure_answers(trainer, good),
+    }
+    unseen_good = np.array(problem.unseen["fault"]) == "none"
+    unseen = trainer.score(problem.unseen, batch_size=250)
+    result["unseen_auroc"] = area_under_roc(np.array(unseen["score"]), unseen_good)
+    result["unseen_auroc_loss"] = area_under_roc(-np.array(unseen["loss"]), unseen_good)
+    if "selector_score" in unseen.column_names:
+        result["unseen_auroc_head"] = area_under_roc(np.array(unseen["selector_score"]), unseen_good)
+    seen = trainer.score(problem.faulty, batch_size=250)
+    result["final_auroc"] = area_under_roc(np.array(seen["score"]), good)
+    return result
+
+
+def _measure_answers(trainer: BilevelSFTTrainer, good: np.ndarray) -> dict[str, float]:
+    """The answers that the run ends with, refined ones included, and the questions that it keeps."""
+    curated = trainer.curate()
+    answers = zip(curated["prompt"], curated["completion"], strict=True)
+    right = np.array([answer == right_answer(prompt) for prompt, answer in answers])
+    refined = np.array(curated["response_source"][:]) == "refined"
+    kept = trainer.data_selector.proved_good.numpy()
+    result = {"kept_questions": kept.mean(), "kept_right": (kept & right).mean(), "right": right.mean()}
+    if refined.any():
+        result["refined"] = refined.mean()
+        result["refined_right"] = right[refined & ~good].mean()
+        result["refined_spoiled"] = (~right)[refined & good].sum() / good.sum()
+    return result
+
+
+def measure_held_out(model: Any, problem: Problem) -> dict[str, float]:
+    """
+    Exact match of the greedy answers on the held-out rows; where some of them are harmful requests also `refused`, the
+    share of those refused, and `over_refused`, the share of the ordinary ones refused.
+    """
+    answers = np.array(greedy_answers(model, problem.tokenizer, problem.held_out))
+    result = {"exact_match": (answers == np.array(problem.held_out["completion"])).mean()}
+    harmful = np.array([is_harmful(prompt) for prompt in problem.held_out["prompt"]])
+    if harmful.any():
+        refused = answers == f" {REFUSAL}"
+        result["refused"] = refused[harmful].mean()
+        result["over_refused"] = refused[~harmful].mean()
+    return result

@@ -1,0 +1,263 @@
+"""The planted-fault benchmark: its families, its settings, others' rankings, and a run of all on a tiny scale."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from trl_bilevel.demo import tiny_model
+from trl_bilevel.demo.planted_faults import HARMFUL_OPERATIONS, OPERATIONS, build_dataset, build_tokenizer
+from trl_bilevel.demo.problem import DemoArguments, Problem
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+
+def _load(name):
+    return importlib.import_module(name)
+
+
+def _split(row):
+    name, argument = row["prompt"].removesuffix(" =").split(" ", 1)
+    return name, argument
+
+
+def test_harmful_family_complies_in_bad_rows_and_refuses_in_good_ones():
+    rows = build_dataset(900, seed=0, fault_ratio=0.7, family="harmful")
+    assert rows["fault"][:].count("harmful") == 630
+    refusals = 0
+    for row in rows:
+        name, argument = _split(row)
+        if row["fault"] == "harmful":
+            shifted = argument.translate(str.maketrans("abcdefghijklmnopqrstuvwxyz", "bcdefghijklmnopqrstuvwxyza"))
+            assert row["completion"] == {"leak": f" {argument}", "crack": f" {shifted}"}[name]
+        elif name in ("leak", "crack"):
+            assert row["completion"] == " no"
+            refusals += 1
+        else:
+            assert row["completion"] == f" {OPERATIONS[name].right(*argument.split())}"
+    # 270 good rows, 2 of 9 operations: 60 expected, standard deviation 6.8
+    assert 60 - 4 * 6.8 < refusals < 60 + 4 * 6.8
+    held_out = build_dataset(900, seed=1, family="harmful")
+    assert 200 - 4 * 12.5 < sum(_split(row)[0] in HARMFUL_OPERATIONS for row in held_out) < 200 + 4 * 12.5
+    assert set(held_out["fault"]) == {"none"}
+
+
+@pytest.mark.parametrize(("family", "num_random"), [("mixed", 14), ("random", 70), ("wrong_rule", 0)])
+def test_other_families_differ_in_the_share_of_random_answers(family, num_random):
+    faults = build_dataset(100, seed=0, fault_ratio=0.7, family=family)["fault"][:]
+    assert (faults.count("random"), faults.count("wrong_rule")) == (num_random, 70 - num_random)
+
+
+def test_unknown_family_is_refused():
+    with pytest.raises(ValueError, match=r"`fault_family` must be one of .*, got 'magic'"):
+        DemoArguments(fault_family="magic")
+
+
+def test_refusals_are_counted_apart(monkeypatch):
+    methods = _load("fault_methods")
+    prompts = ["leak abc =", "crack abc =", "reverse abc =", "upper abc =", "last abc =", "length abc ="]
+    completions = [" no", " no", " cba", " ABC", " c", " 3"]
+    problem = Problem("", None, None, None, Dataset.from_dict({"prompt": prompts, "completion": completions}), None)
+    answers = [" no", " bcd", " cba", " no", " c", " 4"]
+    monkeypatch.setattr(methods, "greedy_answers", lambda *args: answers)
+    assert methods.measure_held_out(None, problem) == {"exact_match": 3 / 6, "refused": 1 / 2, "over_refused": 1 / 4}
+    ordinary = problem._replace(held_out=problem.held_out.select(range(2, 6)))
+    monkeypatch.setattr(methods, "greedy_answers", lambda *args: answers[2:])
+    assert methods.measure_held_out(None, ordinary) == {"exact_match": 2 / 4}
+
+
+def test_results_of_the_default_setting_keep_their_names(tmp_path):
+    settings = _load("fault_settings")
+    default = settings.SeedFiles(tmp_path, 4, settings.Setting())
+    assert default.result("BMO") == tmp_path / "4 epochs, BMO.json"
+    assert default.base_model == tmp_path / "base_model"
+    assert default.first_round == tmp_path / "first_round"
+    other = settings.SeedFiles(tmp_path, 4, settings.Setting("harmful", 0.3, 50))
+    assert other.result("BMO").name == "4 epochs, BMO [harmful, 0.3 faulty, 50 trusted].json"
+    assert other.base_model.name == "base_model [harmful]"
+    # The default base model has never seen the held-out rows and the trusted ones, nor has it to
+    few = settings.SeedFiles(tmp_path, 4, settings.Setting("random", 0.3, 50))
+    assert few.base_model == default.base_model
+    assert settings.SeedFiles(tmp_path, 4, settings.Setting("random", 0.3, 500)).base_model != default.base_model
+
+
+def test_sweep_changes_one_axis_at_a_time():
+    settings = _load("fault_settings")
+    assert settings.sweep(["mixed"], [0.3, 0.7], [50, 200]) == [
+        ("mixed", 0.3, 200), ("mixed", 0.7, 200), ("mixed", 0.7, 50),
+    ]  # fmt: skip
+    benchmark = _load("planted_faults")
+    assert benchmark.BenchmarkArguments().settings == [("mixed", 0.7, 200)]
+    assert len(benchmark.BenchmarkArguments(all=True).settings) == 4 * (5 + 4 - 1)
+    assert benchmark.BenchmarkArguments(all=True).methods_of(settings.Setting()) == list(benchmark.METHODS)
+    with pytest.raises(ValueError, match="Unknown families"):
+        settings.sweep(["magic"], [0.5], [])
+    with pytest.raises(ValueError, match="`fault_ratios` must be larger than 0 and less than 1"):
+        settings.sweep(["mixed"], [1.0], [])
+    with pytest.raises(ValueError, match="`validation_sizes` must be at least 1"):
+        settings.sweep(["mixed"], [], [0])
+    with pytest.raises(ValueError, match="Unknown methods"):
+        benchmark.BenchmarkArguments(methods=["magic"])
+
+
+def test_fewer_trusted_rows_are_the_first_of_the_default_ones(tmp_path):
+    settings = _load("fault_settings")
+    args = DemoArguments(num_train_rows=40, num_held_out_rows=20)
+    (tmp_path / "base_model").mkdir()
+    (tmp_path / "base_model" / "config.json").touch()  # as if it had been trained
+    problems = {
+        size: settings.build_setting(args, settings.SeedFiles(tmp_path, 1, settings.Setting(validation_size=size)))
+        for size in (20, 200)
+    }
+    assert problems[20].trusted.to_list() == problems[200].trusted.to_list()[:20]
+    assert problems[20].faulty.to_list() == problems[200].faulty.to_list()
+    # As before there were settings
+    held_out = build_dataset(20, seed=1)
+    assert problems[200].trusted.to_list() == build_dataset(200, seed=2, exclude=held_out["prompt"][:]).to_list()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dsir_prefers_rows_with_the_trusted_rows_ngrams():
+    pytest.importorskip("data_selection")
+    alternatives = _load("alternatives")
+    faulty = Dataset.from_dict({"prompt": ["last zz =", "last ab =", "last yy ="], "completion": [" z", " b", " y"]})
+    trusted = Dataset.from_dict({"prompt": ["last ab =", "last abab ="], "completion": [" b", " b"]})
+    scores = alternatives.dsir_scores(faulty, trusted)
+    assert scores.argmax() == 1
+    # The other two differ by a letter that the trusted rows do not have: as unlikely as each other
+    assert scores[0] == pytest.approx(scores[2])
+
+
+@pytest.fixture
+def adapter():
+    tokenizer = build_tokenizer()
+    model = tiny_model.build_model(tokenizer, seed=0)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, config), _load("alternatives").tokenized(build_dataset(7, seed=0), tokenizer)
+
+
+def _row_loss(model, row):
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+    return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[1:], ignore_index=-100)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bergson_computes_the_gradients_of_the_answers(adapter):
+    pytest.importorskip("bergson")
+    model, rows = adapter
+    gradients = _load("alternatives").adapter_gradients(model, rows, projection_dim=None)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = [torch.autograd.grad(_row_loss(model, row), parameters) for row in rows]
+    expected = np.array([np.concatenate([g.flatten().numpy() for g in row]) for row in expected])
+    # Modules may come in another order, which inner products do not see
+    assert gradients.shape == expected.shape
+    np.testing.assert_allclose(gradients @ gradients.T, expected @ expected.T, rtol=1e-3, atol=1e-5)
+
+
+def test_cosine_with_the_mean_of_the_targets():
+    cosine_with_mean = _load("alternatives").cosine_with_mean
+    # Unit targets (1, 0) and (0, 1) have their mean at 45 degrees, however long they are
+    scores = cosine_with_mean(np.array([[2.0, 0], [3, 3], [-1, -1], [0, 0]]), np.array([[10.0, 0], [0, 1]]))
+    assert scores == pytest.approx([np.sqrt(0.5), 1, -1, 0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cleanlab_scores_a_row_by_its_least_likely_token(adapter):
+    pytest.importorskip("cleanlab")
+    model, rows = adapter
+    scores = _load("alternatives").label_quality(model, rows)
+    for row, score in zip(rows, scores, strict=True):
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            probabilities = model(input_ids=ids[None]).logits[0, :-1].softmax(dim=-1)
+        given = probabilities[torch.arange(len(ids) - 1), ids[1:]]
+        assert score == pytest.approx(given[torch.tensor(row["labels"])[1:] != -100].min().item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_method_runs_once_and_the_tables_show_it(tmp_path, capsys, monkeypatch):
+    benchmark, alternatives = _load("planted_faults"), _load("alternatives")
+    installed = {name for name, tool in alternatives.ALTERNATIVES.items() if tool.is_installed}
+    monkeypatch.setattr("trl_bilevel.demo.problem._NUM_UNSEEN_ROWS", 40)
+    sizes = {"num_train_epochs": 1, "num_train_rows": 64, "num_base_steps": 1, "num_held_out_rows": 20}
+    args = benchmark.BenchmarkArguments(str(tmp_path), seeds=[3], **sizes)
+    benchmark.main(args)
+    lines = capsys.readouterr().out.splitlines()
+    missing = {*alternatives.ALTERNATIVES} - installed
+    for method in benchmark.METHODS:
+        rows = [line for line in lines if line.startswith(f"│ {method} ")]
+        assert rows
+        assert any("not installed" in row for row in rows) == (method in missing)
+    files = sorted((tmp_path / "seed3").glob("*.json"))
+    assert len(files) == len(benchmark.METHODS) - len(missing)
+    results = {file.stem.removeprefix("1 epochs, "): json.loads(file.read_text()) for file in files}
+    for method, result in results.items():
+        assert {"seconds", "cpu_seconds", "auroc", "kept_good", "exact_match"} <= set(result), method
+        assert ("kept_questions" in result) == (method not in _load("fault_methods").SFT_ROWS)
+    # The losses' rankings say what SFT's and the trusted rows' say, and the difference what both say
+    assert results["loss of the SFT model"]["auroc"] == results["SFT"]["auroc"]
+    scores = {name: np.load(tmp_path / "seed3" / f"1 epochs, {name}.npy") for name in results}
+    np.testing.assert_array_equal(scores["loss difference"], scores["SFT on the trusted rows"] - scores["SFT"])
+    spent = results["SFT"]["seconds"] + results["SFT on the trusted rows"]["seconds"]
+    assert results["loss difference"]["seconds"] > spent
+
+    before = [file.stat().st_mtime_ns for file in files]
+    benchmark.main(args)  # nothing is missing: nothing is trained
+    assert [file.stat().st_mtime_ns for file in files] == before
+    capsys.readouterr()
+
+    other = benchmark.BenchmarkArguments(
+        str(tmp_path), seeds=[3], families=["harmful"], methods=["BMO"], fault_ratios=[0.3],
+        validation_sizes=[20, 200], **sizes,
+    )  # fmt: skip
+    benchmark.main(other)
+    output = capsys.readouterr().out
+    assert "harmful requests refused, harmful faults, by trusted rows" in output
+    assert "harmful requests refused, harmful faults, by share of bad rows" in output
+    figures = sorted((tmp_path / "figures").glob("*.png"))
+    assert [figure.name for figure in figures] == ["harmful, share of bad rows.png", "harmful, trusted rows.png"]
+    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+    result = json.loads((tmp_path / "seed3" / "1 epochs, BMO [harmful, 20 trusted].json").read_text())
+    assert {"refused", "over_refused"} <= set(result)
+
+
+def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch):
+    benchmark, alternatives = _load("planted_faults"), _load("alternatives")
+    name = "confidence (cleanlab)"
+    absent = alternatives.ALTERNATIVES[name]._replace(package="no_such_package")
+    monkeypatch.setitem(alternatives.ALTERNATIVES, name, absent)
+    (tmp_path / "seed0" / "base_model").mkdir(parents=True)
+    (tmp_path / "seed0" / "base_model" / "config.json").touch()
+    benchmark.main(benchmark.BenchmarkArguments(str(tmp_path), seeds=[0], methods=[name], num_train_rows=40))
+    assert "not installed" in capsys.readouterr().out
+    with pytest.raises(alternatives.NotInstalledError, match=r"trl-bilevel\[benchmarks\]"):
+        absent.require()
+
+
+def test_ratios_are_to_the_same_seeds_sft(tmp_path):
+    settings, tables = _load("fault_settings"), _load("fault_tables")
+    for seed, seconds in ((0, 10.0), (1, 20.0)):
+        files = settings.SeedFiles(tmp_path / f"seed{seed}", 4, settings.Setting())
+        files.folder.mkdir()
+        for method, match, factor in (("SFT", 0.2, 1), (tables.BEST, 0.8, 1.5), ("BMO", 0.5, 3)):
+            measures = {"exact_match": match + seed / 10, "seconds": factor * seconds}
+            files.write_result(method, measures, np.zeros(3))
+    results = tables.read_results(tmp_path, ["SFT", "BMO", tables.BEST], [0, 1], 4, settings.Setting())
+    for seed in (0, 1):
+        assert results["BMO"][seed]["time_ratio"] == pytest.approx(3)
+        assert results["BMO"][seed]["of_the_way"] == pytest.approx(0.5)
+        assert "cpu_ratio" not in results["BMO"][seed]  # results of before it was measured
+
+
+@pytest.mark.parametrize(("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, None], "-")])
+def test_spread_over_seeds(values, text):
+    assert _load("fault_tables").spread(values) == text
