@@ -136,6 +136,14 @@ def test_dsir_prefers_rows_with_the_trusted_rows_ngrams():
     assert scores[0] == pytest.approx(scores[2])
 
 
+def test_only_the_answer_and_its_end_are_labels():
+    tokenizer = build_tokenizer()
+    rows = Dataset.from_dict({"prompt": ["last ab ="], "completion": [" b"]})
+    (row,) = _load("alternatives").tokenized(rows, tokenizer)
+    assert "".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) == "last ab = b<eos>"
+    assert row["labels"] == [-100] * 9 + row["input_ids"][9:]
+
+
 @pytest.fixture
 def adapter():
     tokenizer = build_tokenizer()
