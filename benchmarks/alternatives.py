@@ -60,11 +60,15 @@ class Alternative(NamedTuple):
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the progress bars and the notes that the packages write to the error stream."""
+    """Without the progress bars and the notes that the packages write."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
             yield
     finally:
         logging.disable(before)
@@ -117,28 +121,36 @@ _PROJECTION = 16  # a module's gradient becomes 16 x 16 numbers
 _ROWS_PER_BATCH = 50
 
 
-def adapter_gradients(model: Any, rows: Dataset, projection_dim: int | None = _PROJECTION) -> np.ndarray:
+def adapter_gradients(
+    model: Any, rows: Dataset, adam: torch.optim.Optimizer | None = None, projection_dim: int | None = _PROJECTION
+) -> np.ndarray:
     """
     Gradient of each row's loss in the adapter's parameters, by `bergson`, shape (N, parameters) or projected.
 
     Args:
         model (`PeftModel`): with a LoRA adapter.
         rows (`datasets.Dataset`): columns `input_ids` and `labels`.
+        adam (`torch.optim.Optimizer`, *optional*): divide the gradients by the roots of its second moments.
         projection_dim (`int`, *optional*): random projection of each module's gradient to this many rows and columns.
     """
-    from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector
+    from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector, load_from_optimizer
     from bergson.utils.peft import detect_peft_modules
 
     model.eval()
     with tempfile.TemporaryDirectory() as folder, _quiet():
         config = IndexConfig(run_path=str(Path(folder) / "run"), loss_reduction="mean")
         config.partial_run_path.mkdir()
+        modules, normalizers = detect_peft_modules(model), {}
+        if adam is not None:
+            path = Path(folder) / "optimizer.pt"
+            torch.save(adam.state_dict(), path)
+            normalizers = load_from_optimizer(model, str(path), target_modules=modules)
         collector = InMemoryCollector(
             model=model.base_model,
             data=rows,
             cfg=config,
-            processor=GradientProcessor(projection_dim=projection_dim),
-            target_modules=detect_peft_modules(model),
+            processor=GradientProcessor(normalizers=normalizers, projection_dim=projection_dim),
+            target_modules=modules,
         )
         starts = range(0, len(rows), _ROWS_PER_BATCH)
         batches = [list(range(start, min(start + _ROWS_PER_BATCH, len(rows)))) for start in starts]
@@ -175,15 +187,16 @@ class _GradientInfluence(TrainerCallback):
         # LESS weighs a checkpoint by its learning rate. The schedule is linear down to zero, so that this is the rate
         # in the middle of the third that ends here, up to a factor.
         weight = 1 - (state.global_step / state.max_steps - 1 / 6)
-        cosines = cosine_with_mean(adapter_gradients(model, self.faulty), adapter_gradients(model, self.trusted))
-        self.scores += weight * cosines
+        steps = adapter_gradients(model, self.faulty, adam=kwargs["optimizer"])
+        self.scores += weight * cosine_with_mean(steps, adapter_gradients(model, self.trusted))
         model.train()
 
 
 def _gradient_influence(context: Context) -> np.ndarray:
     """
-    As LESS (arXiv 2402.04333): cosine of the row's adapter gradient with that of the trusted rows, at checkpoints of a
-    warm-up run of one epoch over the faulty rows. Not as there: plain gradients, not Adam's.
+    As LESS (arXiv 2402.04333): cosine of the row's adapter gradient, scaled as Adam scales it, with the plain gradient
+    of the trusted rows, at checkpoints of a warm-up run. Not as there: the warm-up is one epoch over all rows, the
+    model being too small to learn from 5 % of them; Adam's first moments are left out.
     """
     problem = context.problem
     influence = _GradientInfluence(*(tokenized(rows, problem.tokenizer) for rows in (problem.faulty, problem.trusted)))

@@ -170,6 +170,18 @@ def test_bergson_computes_the_gradients_of_the_answers(adapter):
     assert gradients.shape == expected.shape
     np.testing.assert_allclose(gradients @ gradients.T, expected @ expected.T, rtol=1e-3, atol=1e-5)
 
+    # In the two groups of transformers' Trainer, the second of which is empty for an adapter without biases
+    adam = torch.optim.AdamW([{"params": parameters}, {"params": []}], betas=(0.9, 0.99), eps=0.0)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(_row_loss(model, rows[0]), parameters)):
+        parameter.grad = gradient.abs() + 0.1  # no second moment close to zero
+    second_moments = np.concatenate([0.01 * p.grad.flatten().numpy() ** 2 for p in parameters])
+    adam.step()
+    scaled = _load("alternatives").adapter_gradients(model, rows, adam, projection_dim=None)
+    expected = [torch.autograd.grad(_row_loss(model, row), parameters) for row in rows]
+    expected = np.array([np.concatenate([g.flatten().numpy() for g in row]) for row in expected])
+    expected = expected / np.sqrt(second_moments)
+    np.testing.assert_allclose(scaled @ scaled.T, expected @ expected.T, rtol=1e-2)
+
 
 def test_cosine_with_the_mean_of_the_targets():
     cosine_with_mean = _load("alternatives").cosine_with_mean
