@@ -35,7 +35,7 @@ TABLES = {
         "good_weight": "weight on good rows",
         "final_auroc": "AUROC of a last pass over the rows",
     },
-    "Answers regenerated": {
+    "Questions and answers": {
         "exact_match": "held-out exact match",
         "refined": "rows refined",
         "refined_right": "right, of those that were wrong",
@@ -60,6 +60,7 @@ SWEEP_MEASURES = {
     "refused": "harmful requests refused",
     "over_refused": "ordinary requests refused",
 }
+_IN_EVERY_TABLE = ("exact_match", "auroc")  # these alone are no reason for a row
 NOT_INSTALLED = "not installed"
 
 
@@ -100,7 +101,7 @@ def print_setting(console: Console, results: Results, methods: list[str], settin
         for method in methods:
             per_seed = results.get(method, {})
             cells = [spread([result.get(key) for result in per_seed.values()]) for key in columns]
-            if any(key in result for result in per_seed.values() for key in columns if key != "exact_match"):
+            if any(key in result for result in per_seed.values() for key in columns if key not in _IN_EVERY_TABLE):
                 table.add_row(method, str(len(per_seed)), *cells)
             elif title == "Training" and is_missing_package(method):
                 table.add_row(method, "0", NOT_INSTALLED)
@@ -174,6 +175,8 @@ def plot_sweep(sweep: Sweep, methods: list[str], family: str, axis: str, path: P
 
 
 def spread(values: list[float | None]) -> str:
-    """Mean and range."""
+    """Mean and range; a single number is of one seed."""
     known = [value for value in values if value is not None]
+    if len(known) == 1:
+        return f"{known[0]:.3f}"
     return f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"

@@ -203,26 +203,44 @@ def test_cleanlab_scores_a_row_by_its_least_likely_token(adapter):
         assert score == pytest.approx(given[torch.tensor(row["labels"])[1:] != -100].min().item(), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_method_runs_once_and_the_tables_show_it(tmp_path, capsys, monkeypatch):
-    benchmark, alternatives = _load("planted_faults"), _load("alternatives")
-    installed = {name for name, tool in alternatives.ALTERNATIVES.items() if tool.is_installed}
+SIZES = {"num_train_epochs": 1, "num_train_rows": 64, "num_base_steps": 1, "num_held_out_rows": 20}
+
+
+@pytest.fixture
+def run_tiny(tmp_path, capsys, monkeypatch):
+    """Runs the benchmark at a scale at which its numbers mean nothing; what it prints."""
     monkeypatch.setattr("trl_bilevel.demo.problem._NUM_UNSEEN_ROWS", 40)
-    sizes = {"num_train_epochs": 1, "num_train_rows": 64, "num_base_steps": 1, "num_held_out_rows": 20}
-    args = benchmark.BenchmarkArguments(str(tmp_path), seeds=[3], **sizes)
-    benchmark.main(args)
-    lines = capsys.readouterr().out.splitlines()
-    missing = {*alternatives.ALTERNATIVES} - installed
-    for method in benchmark.METHODS:
-        rows = [line for line in lines if line.startswith(f"│ {method} ")]
-        assert rows
+    benchmark = _load("planted_faults")
+
+    def run(**options):
+        benchmark.main(benchmark.BenchmarkArguments(str(tmp_path), seeds=[3], **SIZES, **options))
+        return capsys.readouterr().out
+
+    return run
+
+
+def _results(folder):
+    return {file.stem.removeprefix("1 epochs, "): json.loads(file.read_text()) for file in folder.glob("*.json")}
+
+
+def _check_tables(output, methods, missing=()):
+    for method in methods:
+        rows = [line for line in output.splitlines() if line.startswith(f"│ {method} ")]
+        assert rows, method
         assert any("not installed" in row for row in rows) == (method in missing)
-    files = sorted((tmp_path / "seed3").glob("*.json"))
-    assert len(files) == len(benchmark.METHODS) - len(missing)
-    results = {file.stem.removeprefix("1 epochs, "): json.loads(file.read_text()) for file in files}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_alternative_runs_once_and_the_tables_show_it(tmp_path, run_tiny):
+    alternatives = _load("alternatives").ALTERNATIVES
+    methods = ["SFT", "SFT on the trusted rows", "SFT on the good rows (oracle)", *alternatives]
+    missing = {name for name, tool in alternatives.items() if not tool.is_installed}
+    _check_tables(run_tiny(methods=methods), methods, missing)
+    results = _results(tmp_path / "seed3")
+    assert set(results) == {*methods} - missing
     for method, result in results.items():
         assert {"seconds", "cpu_seconds", "auroc", "kept_good", "exact_match"} <= set(result), method
-        assert ("kept_questions" in result) == (method not in _load("fault_methods").SFT_ROWS)
+        assert ("kept_questions" in result) == (method in alternatives)
     # The losses' rankings say what SFT's and the trusted rows' say, and the difference what both say
     assert results["loss of the SFT model"]["auroc"] == results["SFT"]["auroc"]
     scores = {name: np.load(tmp_path / "seed3" / f"1 epochs, {name}.npy") for name in results}
@@ -230,24 +248,28 @@ def test_every_method_runs_once_and_the_tables_show_it(tmp_path, capsys, monkeyp
     spent = results["SFT"]["seconds"] + results["SFT on the trusted rows"]["seconds"]
     assert results["loss difference"]["seconds"] > spent
 
-    before = [file.stat().st_mtime_ns for file in files]
-    benchmark.main(args)  # nothing is missing: nothing is trained
-    assert [file.stat().st_mtime_ns for file in files] == before
-    capsys.readouterr()
 
-    other = benchmark.BenchmarkArguments(
-        str(tmp_path), seeds=[3], families=["harmful"], methods=["BMO"], fault_ratios=[0.3],
-        validation_sizes=[20, 200], **sizes,
-    )  # fmt: skip
-    benchmark.main(other)
-    output = capsys.readouterr().out
+@pytest.mark.filterwarnings("ignore")
+def test_every_other_method_runs_once_and_nothing_runs_twice(tmp_path, run_tiny):
+    others = [method for method in _load("fault_methods").METHODS if method not in _load("alternatives").ALTERNATIVES]
+    _check_tables(run_tiny(methods=others), others)
+    files = sorted((tmp_path / "seed3").glob("*.json"))
+    assert len(files) == len(others)
+    before = [file.stat().st_mtime_ns for file in files]
+    run_tiny(methods=others)
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sweeps_are_printed_and_drawn(tmp_path, run_tiny):
+    output = run_tiny(families=["harmful"], methods=["BMO"], fault_ratios=[0.3], validation_sizes=[20, 200])
+    output = " ".join(output.split())  # titles wrap over narrow tables
     assert "harmful requests refused, harmful faults, by trusted rows" in output
     assert "harmful requests refused, harmful faults, by share of bad rows" in output
     figures = sorted((tmp_path / "figures").glob("*.png"))
     assert [figure.name for figure in figures] == ["harmful, share of bad rows.png", "harmful, trusted rows.png"]
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
-    result = json.loads((tmp_path / "seed3" / "1 epochs, BMO [harmful, 20 trusted].json").read_text())
-    assert {"refused", "over_refused"} <= set(result)
+    assert {"refused", "over_refused"} <= set(_results(tmp_path / "seed3")["BMO [harmful, 20 trusted]"])
 
 
 def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch):
@@ -278,6 +300,8 @@ def test_ratios_are_to_the_same_seeds_sft(tmp_path):
         assert "cpu_ratio" not in results["BMO"][seed]  # results of before it was measured
 
 
-@pytest.mark.parametrize(("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, None], "-")])
+@pytest.mark.parametrize(
+    ("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, 0.5], "0.500"), ([None, None], "-")]
+)
 def test_spread_over_seeds(values, text):
     assert _load("fault_tables").spread(values) == text
