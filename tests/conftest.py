@@ -34,6 +34,15 @@ disable_progress_bars()
 # pytest-xdist runs a process per core
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
+QUIET_CPU_RUN: dict[str, Any] = {
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "activation_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -160,14 +169,8 @@ def make_config(tmp_path: Path) -> Callable[..., BilevelSFTConfig]:
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "max_steps": 6,
-            "logging_steps": 1,
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
             "seed": 7,
+            **QUIET_CPU_RUN,
         }
         return BilevelSFTConfig(**{**defaults, **options})
 

@@ -107,6 +107,8 @@ def test_checkpoints_are_deleted_after_the_next_one_is_whole(make_trainer, monke
     assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     assert trainer.args.save_total_limit == 1
+    saved = torch.load(folder / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 1
 
 
 @pytest.fixture

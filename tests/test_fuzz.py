@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
+from conftest import QUIET_CPU_RUN, build_tiny_model, build_tokenizer, prompt_completion_rows
 from datasets import Dataset
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
@@ -81,17 +81,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-DEFAULTS = {
-    "per_device_train_batch_size": 2,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "bf16": False,
-    "use_cpu": True,
-    "activation_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
+SHORT = {"per_device_train_batch_size": 2, "max_steps": 2, **QUIET_CPU_RUN}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +98,9 @@ def _train(parts, rows, validation, has_adapter=False, **options):
         # What users are told of their rows or options, by TRL or by us
         warnings.filterwarnings("ignore", category=UserWarning)
         try:
-            config = BilevelSFTConfig(**{"output_dir": folder, **DEFAULTS, **options})
+            config = BilevelSFTConfig(
+                **{"output_dir": folder, "per_device_train_batch_size": 2, "max_steps": 2, **QUIET_CPU_RUN, **options}
+            )
             trainer = BilevelSFTTrainer(
                 build(),
                 config,

@@ -4,7 +4,6 @@ import math
 import os
 import secrets
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from .amortized_selector import AmortizedSelector
 from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
-from .checkpointing import Checkpointing
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .dataset_checks import (
@@ -48,8 +46,7 @@ from .paired_batches import (
 from .paired_stream import PairedStream, StreamedPairCollator
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
-from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
-from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
+from .refined_responses import ResponseStore
 from .refinement import Refiner
 from .response_checks import RewardFunc, check_reward_funcs
 from .response_generation import (
@@ -63,8 +60,6 @@ from .response_generation import (
 )
 from .run_records import (
     describe_run,
-    save_scores,
-    save_training_rows,
 )
 from .scoring import RowScorer, score_dataset
 from .selector_setup import build_selector
@@ -83,7 +78,7 @@ _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
 
-class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
+class BilevelSFTTrainer(HubPublishing, BilevelStep):
     r"""
     [`~trl.SFTTrainer`] that learns, while it trains, how much each training row should count.
 
@@ -321,10 +316,6 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
         names = [name for name, value in self.model.named_parameters() if value.requires_grad]
         make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
         return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
-
-    @property
-    def _responses_folder(self) -> Path:
-        return Path(self.args.output_dir) / RESPONSES_FOLDER_NAME
 
     def _build_refiner(self, reward_funcs: list[RewardFunc]) -> Refiner:
         args = self.args
@@ -576,22 +567,6 @@ class BilevelSFTTrainer(Checkpointing, HubPublishing, BilevelStep):
             keep_ratio=keep_ratio,
             responses=None if self.refiner is None else self.response_store.table(),
         )
-
-    def _save_records(self, directory: str) -> None:
-        """What `trl-bilevel curate`, `push` and `report` need, without the model."""
-        os.makedirs(directory, exist_ok=True)
-        if self.refiner is not None:
-            self.response_store.save(directory)
-        else:  # of another run in the same folder
-            (Path(directory) / CHECKPOINT_FILE_NAME).unlink(missing_ok=True)
-        if self._is_streamed:
-            self._run_facts["training"]["num_rows"] = self.data_selector.num_rows
-        elif self.args.save_training_rows:
-            save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
-        self._weight_history.record(self.state.global_step, self.data_selector)
-        self._weight_history.save(directory)
-        # Last: what has scores is complete
-        save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
 
     def score(
         self,

@@ -29,7 +29,7 @@ from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
-from .streamed_selector import StreamedSelector
+from .streamed_selector import SampleId, StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
 from .value_function import ValueFunction
 from .zero_gradients import ZeroGradients
@@ -77,6 +77,7 @@ class BilevelStep(SFTTrainer):
         self.add_callback(_StepEnd(self))
         self._step_row_counts: list[int] = []  # training rows of the current optimizer step, of each process
         self._step_sample_indices = torch.empty(0, dtype=torch.int64)  # which they are
+        self._step_sample_ids: list[SampleId] = []  # of a stream
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
         self._step_value_means: list[torch.Tensor] = []  # the same under the value function
         self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
@@ -180,9 +181,8 @@ class BilevelStep(SFTTrainer):
         """Numbers of all processes' training rows of the step, in the same order on each."""
         if isinstance(self.data_selector, StreamedSelector):
             # Rows of a stream come with their ids; each process counts all of them
-            ids = gather_object(own)
-            self.data_selector.consumed.add(ids)
-            return self.data_selector.row_numbers(ids)
+            self._step_sample_ids = gather_object(own)
+            return self.data_selector.row_numbers(self._step_sample_ids)
         return self._gather_rows(torch.tensor(own))
 
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
@@ -329,6 +329,8 @@ class BilevelStep(SFTTrainer):
         """After the model's optimizer step, not before: a checkpoint may be written until then, of the step before."""
         if self.value_function is not None:
             self.value_function.step(self._get_learning_rate(), self._reduce_gradient)
+        if isinstance(self.data_selector, StreamedSelector):
+            self.data_selector.consumed.add(self._step_sample_ids)
         self._update_selector()
 
     def _fit_value_function(self, value_function: ValueFunction, inputs: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
@@ -15,7 +16,9 @@ from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoint_files import LAST_INTACT, check_checkpoint, find_checkpoint, remove_manifest, write_manifest
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
+from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
+from .run_records import save_scores, save_training_rows
 from .run_settings import write_run_settings
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
@@ -35,13 +38,13 @@ class Checkpointing(SFTTrainer):
     response_store: ResponseStore
     _weight_history: WeightHistory
     _rows_fingerprint: str
+    _run_facts: dict[str, Any]
+    _source_dataset: Dataset | IterableDataset
+    _postponed_limit: int | None = None  # the user's `save_total_limit`, while a checkpoint is written
 
     @property
     def _responses_folder(self) -> Path:
-        raise NotImplementedError
-
-    def _save_records(self, directory: str) -> None:
-        raise NotImplementedError
+        return Path(self.args.output_dir) / RESPONSES_FOLDER_NAME
 
     # ---- Writing ----
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -50,20 +53,43 @@ class Checkpointing(SFTTrainer):
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             remove_manifest(checkpoint)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with disk_full_explained(folder):
+        with disk_full_explained(folder):
+            with self._rotation_postponed():
                 super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if not self.args.push_to_hub:  # else before the push, see below
-            self._finish_checkpoint(checkpoint)
+            if not self.args.push_to_hub:  # else before the push, see below
+                self._finish_checkpoint(checkpoint)
         if self.args.should_save:
-            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    @contextmanager
+    def _rotation_postponed(self) -> Iterator[None]:
+        """Trainer deletes older checkpoints as soon as it has written one, unless there is no limit."""
+        self._postponed_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit, self._postponed_limit = self._postponed_limit, None
+
+    @contextmanager
+    def _arguments_as_given(self) -> Iterator[None]:
+        """Around what writes `training_args.bin`."""
+        postponed = self.args.save_total_limit
+        self.args.save_total_limit = postponed if self._postponed_limit is None else self._postponed_limit
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = postponed
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with self._arguments_as_given():
+            super()._save(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._finish_checkpoint(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._arguments_as_given():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_checkpoint(self, checkpoint: str | os.PathLike) -> None:
         self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
@@ -85,6 +111,22 @@ class Checkpointing(SFTTrainer):
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
+    def _save_records(self, directory: str) -> None:
+        """What `trl-bilevel curate`, `push` and `report` need, without the model."""
+        os.makedirs(directory, exist_ok=True)
+        if self.refiner is not None:
+            self.response_store.save(directory)
+        else:  # of another run in the same folder
+            (Path(directory) / CHECKPOINT_FILE_NAME).unlink(missing_ok=True)
+        if isinstance(self._source_dataset, IterableDataset):
+            self._run_facts["training"]["num_rows"] = self.data_selector.num_rows
+        elif self.args.save_training_rows:
+            save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
+        self._weight_history.record(self.state.global_step, self.data_selector)
+        self._weight_history.save(directory)
+        # Last: what has scores is complete
+        save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.value_function is not None and self.args.should_save:
@@ -95,8 +137,7 @@ class Checkpointing(SFTTrainer):
         """The checkpoint to resume from, the same on all processes, or what Trainer makes of there being none."""
         if not resume_from_checkpoint:
             return None
-        chosen: list[str | bool | None] = [True]
-        error: list[ValueError | None] = [None]
+        chosen: list[str | bool | ValueError] = [True]  # or why there is none
         if self.is_world_process_zero():
             try:
                 if resume_from_checkpoint is True or resume_from_checkpoint == LAST_INTACT:
@@ -107,11 +148,11 @@ class Checkpointing(SFTTrainer):
                         check_checkpoint(resume_from_checkpoint)
                     chosen = [os.fspath(resume_from_checkpoint)]
             except ValueError as refused:
-                error = [refused]
-        broadcast_object_list(error)
-        if error[0] is not None:
-            raise error[0]
-        return broadcast_object_list(chosen)[0]
+                chosen = [refused]
+        found_by_main = broadcast_object_list(chosen)[0]
+        if isinstance(found_by_main, ValueError):
+            raise found_by_main
+        return found_by_main
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._dtypes_kept():

@@ -10,9 +10,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
-from trl import SFTTrainer
 
 from .bilevel_sft_config import BilevelSFTConfig
+from .checkpointing import Checkpointing
 from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
 from .parquet_files import as_rows
@@ -31,7 +31,7 @@ _PAPER_CITATION = f"""\
 }}"""
 
 
-class HubPublishing(SFTTrainer):
+class HubPublishing(Checkpointing):
     """Pushes of [`~trl_bilevel.BilevelSFTTrainer`]. Whatever the Hub answers, the results are on disk."""
 
     _tag_names = ["trl", "bilevel-sft"]
@@ -43,9 +43,6 @@ class HubPublishing(SFTTrainer):
     _curated_repo_id: str | None  # once it was pushed
 
     def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
-        raise NotImplementedError
-
-    def _save_records(self, directory: str) -> None:
         raise NotImplementedError
 
     def push_curated_dataset(

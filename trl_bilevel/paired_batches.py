@@ -106,6 +106,11 @@ class ValidationStream:
         return int(self._permutation[offset])
 
 
+def num_validation_rows(num_training_rows: int, training_batch_size: int, validation_batch_size: int) -> int:
+    """Validation rows that the first n training rows bring along: ceil(n * V / T), so that full batches hold V."""
+    return -(-num_training_rows * validation_batch_size // training_batch_size)
+
+
 class PairedSampler(Sampler[PairedIndex]):
     """
     Pairs the rows of a training sampler, in its order, with the validation stream.
@@ -168,7 +173,7 @@ class PairedSampler(Sampler[PairedIndex]):
             yield PairedIndex(training_row, self.validation_stream.rows(start, stop), step)
 
     def _validation_rows_for(self, num_training_rows: int) -> int:
-        return -(-num_training_rows * self.validation_batch_size // self.training_batch_size)
+        return num_validation_rows(num_training_rows, self.training_batch_size, self.validation_batch_size)
 
 
 class PairedDataset(TorchDataset):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from .paired_batches import SAMPLE_INDEX_COLUMN, ValidationStream, read_validation_rows
+from .paired_batches import SAMPLE_INDEX_COLUMN, ValidationStream, num_validation_rows, read_validation_rows
 from .streamed_selector import ConsumedRows, SampleId
 
 
@@ -96,7 +96,8 @@ class PairedStream(TorchIterableDataset):
                         "Resume with the same stream, shuffled with the same seed and read by as many dataloader "
                         "workers, or train from the start."
                     )
-            start, stop = stop, self._validation_rows_for(position + 1)
+            start = stop
+            stop = num_validation_rows(position + 1, self.training_batch_size, self.validation_batch_size)
             kept = row if self.columns is None else {name: row[name] for name in row if name in self.columns}
             yield StreamedPair({**kept, SAMPLE_INDEX_COLUMN: sample_id}, self.validation_stream.rows(start, stop))
 
@@ -116,9 +117,6 @@ class PairedStream(TorchIterableDataset):
                         else "Truncation to `max_length` may have left none."
                     )
                 )
-
-    def _validation_rows_for(self, num_training_rows: int) -> int:
-        return -(-num_training_rows * self.validation_batch_size // self.training_batch_size)
 
 
 class StreamedPairCollator:

@@ -17,6 +17,8 @@ import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 from datasets.table import table_cast
 
+from .whole_files import write_whole
+
 
 _ROWS_PER_PIECE = 10_000  # read at a time, and at most in a row group of the file
 
@@ -38,25 +40,24 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
     schema = None if rows.features is None else rows.features.arrow_schema
+    tables = read_pieces(rows)
+    if schema is None:
+        first = next(tables, None)
+        if first is None:
+            raise ValueError(f"The stream has no rows, so {path} has no columns to be written with.")
+        schema, tables = first.schema, itertools.chain([first], tables)
     num_rows = 0
-    try:
-        tables = read_pieces(rows)
-        if schema is None:
-            first = next(tables, None)
-            if first is None:
-                raise ValueError(f"The stream has no rows, so {path} has no columns to be written with.")
-            schema, tables = first.schema, itertools.chain([first], tables)
-        with pa.parquet.ParquetWriter(
-            partial, schema, use_content_defined_chunking=True, write_page_index=True
-        ) as writer:
+
+    def write(partial: Path) -> None:
+        nonlocal num_rows
+        options = {"use_content_defined_chunking": True, "write_page_index": True}
+        with pa.parquet.ParquetWriter(partial, schema, **options) as writer:
             for table in tables:
                 writer.write_table(table_cast(table, schema))
                 num_rows += len(table)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, write)
     return num_rows
 
 

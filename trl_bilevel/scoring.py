@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
 from .run_settings import row_options
 from .value_function import ValueFunction
+from .whole_files import write_whole
 
 
 SCORE_COLUMNS = ("score", "loss", "value_loss", "selector_score")
@@ -201,10 +203,7 @@ def score_to_files(
     else:
         chunks, total = _chunks_of_stream(dataset, chunk_size, done, _chunk_path(folder, 0)), None
     for number, table in _score_chunks(scorer, chunks, total):
-        path = _chunk_path(folder, number)
-        partial = path.with_suffix(".partial")
-        pa.parquet.write_table(table, partial)
-        os.replace(partial, path)
+        write_whole(_chunk_path(folder, number), partial(pa.parquet.write_table, table))
     return sorted(folder.glob("scored-*.parquet"))
 
 
@@ -295,6 +294,4 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest))
-    os.replace(partial, path)
+    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(manifest)))

@@ -51,7 +51,8 @@ def disk_full_explained(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free >= _PAGE:
+        is_named = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not is_named and shutil.disk_usage(folder).free >= _PAGE:
             raise
         raise OSError(
             errno.ENOSPC,
