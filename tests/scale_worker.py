@@ -38,19 +38,27 @@ def pretend_that_cpus_are_gpus() -> None:
         dist.init_process_group("gloo")
 
 
+# What a collective sends, where the caller names it
+_TENSOR_KEYWORDS = {
+    "all_gather": "tensor",
+    "all_reduce": "tensor",
+    "all_gather_into_tensor": "input_tensor",
+    "broadcast": "tensor",
+}
+
+
 class CountedCollectives:
     """Collectives that a run calls from Python, and the bytes that each process puts in."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
-        self.wrapped = {
-            name: getattr(dist, name) for name in ("all_gather", "all_reduce", "all_gather_into_tensor", "broadcast")
-        }
+        self.wrapped = {name: getattr(dist, name) for name in _TENSOR_KEYWORDS}
 
     def _counting(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor = args[1] if name.startswith("all_gather") else args[0]
+            position = 1 if name.startswith("all_gather") else 0
+            tensor = args[position] if len(args) > position else kwargs[_TENSOR_KEYWORDS[name]]
             self.calls[name] += 1
             self.num_bytes[name] += tensor.numel() * tensor.element_size()
             return self.wrapped[name](*args, **kwargs)

@@ -290,10 +290,33 @@ def test_accelerate_reads_the_configs(config, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_equals_one_process(one, tmp_path, stage):
+@pytest.mark.parametrize("name", ["bds", "bmo", "lora", "nan"])
+def test_deepspeed_equals_one_process(one, tmp_path, stage, name):
     pytest.importorskip("deepspeed")
-    specs = {name: SHARDED[name] for name in ("bds", "bmo", "lora", "nan")}
-    runs = _train(tmp_path, specs, 2, f"deepspeed_zero{stage}", DS_ACCELERATOR="cpu")
+    # One launch for each: accelerate's DeepSpeed options outlive a run
+    runs = _train(tmp_path, {name: SHARDED[name]}, 2, f"deepspeed_zero{stage}", DS_ACCELERATOR="cpu")
+    assert runs.results[name][0]["distributed_type"] == "DistributedType.DEEPSPEED"
+    _check_same(one, runs, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("suffix", ["", "_lora"])
+def test_deepspeed_resumes(tmp_path, stage, suffix):
+    pytest.importorskip("deepspeed")
+    config = f"deepspeed_zero{stage}"
+    for name in (f"unbroken{suffix}", f"resumed{suffix}"):
+        runs = _train(tmp_path, {name: SHARDED[name]}, 2, config, DS_ACCELERATOR="cpu")
+        runs.results[f"unbroken{suffix}"] = [
+            torch.load(tmp_path / f"unbroken{suffix}-{rank}.pt", weights_only=True) for rank in range(2)
+        ]
+    _check_same(runs, runs, f"unbroken{suffix}", f"resumed{suffix}", tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_what_deepspeed_cannot_do_is_refused(tmp_path):
+    pytest.importorskip("deepspeed")
+    specs = {name: SHARDED[name] for name in ("adapter", "dpo", "refine")}
+    runs = _train(tmp_path, specs, 2, "deepspeed_zero2", DS_ACCELERATOR="cpu")
     for name in specs:
-        assert runs.results[name][0]["distributed_type"] == "DistributedType.DEEPSPEED"
-        _check_same(one, runs, name)
+        assert "is not supported with DeepSpeed" in runs.results[name][0]["error"]
