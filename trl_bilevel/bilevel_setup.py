@@ -1,0 +1,184 @@
+"""What a bilevel run needs besides the model: its checks, the value function, the refiner."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import SFTTrainer
+
+from .batch_layout import PaddedLayout, padded
+from .bilevel_sft_config import BilevelSFTConfig
+from .data_selector import DataSelector
+from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
+from .refinement import Refiner
+from .response_checks import RewardFunc
+from .response_generation import (
+    ResponseGenerator,
+    TransformersGenerator,
+    VLLMGenerator,
+    context_length,
+    log_prob_batches,
+    model_log_probs,
+    ready_to_generate,
+)
+from .self_refining_collator import SelfRefiningCollator
+from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
+
+
+def check_arguments(
+    args: BilevelSFTConfig, data_collator: Any, data_selector: DataSelector | None, reward_funcs: Any
+) -> None:
+    """
+    Refuse arguments that exclude each other.
+
+    Raises:
+        `ValueError`: naming the argument and what to do.
+    """
+    if data_selector is not None and args.selection_method == "bmo":
+        raise ValueError(
+            "`data_selector` has no effect with `selection_method='bmo'`, whose weights are computed anew at every "
+            "step. Leave it out, or use `selection_method='bds'`."
+        )
+    if isinstance(data_collator, SelfRefiningCollator):
+        raise ValueError(
+            "BilevelSFTTrainer puts refined responses in by itself. Set `refine_ratio`, and pass as `data_collator` "
+            "what you gave to the `SelfRefiningCollator`, or nothing."
+        )
+    if reward_funcs is not None and args.refine_ratio == 0:
+        raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError(
+            "`activation_offloading=True` needs an accelerator to offload from, and there is none here. Leave it out."
+        )
+
+
+class BilevelSetup(SFTTrainer):
+    """What [`BilevelSFTTrainer`] builds once TRL has prepared the model."""
+
+    def _refuse_unsupported_setup(self) -> None:
+        if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "`validation_loss_type='dpo'` is not supported with DeepSpeed or FSDP: the reference's likelihoods "
+                "are computed before the model is sharded. Use plain data parallelism, or "
+                "`validation_loss_type='nll'`."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported: it would replace the bilevel objective. Remove it, or override "
+                "`compute_loss`."
+            )
+        checkpointing = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs or {}
+        if self.args.activation_checkpointing and checkpointing.get("selective") and is_peft_model(self.model):
+            raise ValueError(
+                "Selective activation checkpointing does not work with a PEFT adapter, whose layers PyTorch's own "
+                "checkpointing runs. Leave out `selective`, or train without `peft_config`."
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
+                f"Use data parallelism only, got {parallelism}."
+            )
+
+    def _resolve_value_function(self) -> bool:
+        args = self.args
+        if args.value_function is not None:
+            return args.value_function == "adapter"
+        works = (
+            is_peft_model(self.model)
+            and args.selection_method == "bds"
+            and args.selector_optimizer == "mirror_descent"
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or args.fp16)
+            and self.optimizer is None
+            and fits_other_parameters(*self._optimizer_recipe())
+        )
+        rows_default = BilevelSFTConfig.__dataclass_fields__["value_function_rows"].default
+        if not works and args.value_function_rows != rows_default:
+            raise ValueError(
+                f"`value_function_rows={args.value_function_rows!r}` has no effect without a value function, which "
+                "this run does not get by default. Leave it out, or set `value_function='adapter'`."
+            )
+        return works
+
+    def _build_value_function(self) -> ValueFunction:
+        if not is_peft_model(self.model):
+            raise ValueError(
+                "`value_function='adapter'` needs a model with a PEFT adapter: without one it would be a second copy "
+                "of the model. Pass `peft_config=LoraConfig(...)`, or use `value_function='none'`."
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
+            raise ValueError(
+                "`value_function='adapter'` is not supported with DeepSpeed, FSDP or fp16, which move or scale the "
+                "adapter's parameters and gradients. Use plain data parallelism and bf16, or `value_function='none'`."
+            )
+        if self.optimizer is not None:
+            raise ValueError(
+                "`value_function='adapter'` needs an optimizer of its own, of the same kind as the model's, and "
+                "cannot copy the one in `optimizers`. Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
+            )
+        names = [name for name, value in self.model.named_parameters() if value.requires_grad]
+        make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
+        return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
+
+    def _optimizer_recipe(self) -> tuple[Any, dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        return self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _build_refiner(self, reward_funcs: list[RewardFunc]) -> Refiner:
+        args = self.args
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "`refine_ratio` is not supported with DeepSpeed or FSDP yet: a process cannot generate with a model "
+                "that is spread over others. Use plain data parallelism, or `refine_ratio=0`."
+            )
+        rows = self._source_dataset.with_format(None)
+        reader = QuestionReader(rows, self._tokenizer, self.chat_template, args.refine_prompt_template)
+        check_refinable(reader, self._formatting_func is not None, reward_funcs)
+        stop_ids = stop_token_ids(
+            self._tokenizer, self.model.generation_config.eos_token_id, self.chat_template, rows[0]
+        )
+        if args.refine_reward_threshold != 0 and not reward_funcs:
+            raise ValueError(
+                f"`refine_reward_threshold={args.refine_reward_threshold}` has no effect without `reward_funcs`. Pass "
+                "them, or leave it out."
+            )
+        # As TRL asks it: only quantized models have these
+        is_quantized = getattr(self.model, "is_loaded_in_4bit", False) or getattr(
+            self.model, "is_loaded_in_8bit", False
+        )
+        if args.use_vllm and is_quantized:
+            raise ValueError(
+                "`use_vllm=True` is not supported with a quantized model: sending the weights over merges the adapter "
+                "into the base and out again, which changes a quantized base. Use `use_vllm=False`."
+            )
+        self._log_prob_batches = log_prob_batches(args.per_device_train_batch_size + self.validation_batch_size)
+        batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
+        generator: ResponseGenerator
+        if args.use_vllm:
+            generator = VLLMGenerator(self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size)
+        else:
+            generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args, self.accelerator.autocast)
+        return Refiner(
+            args,
+            reader,
+            generator,
+            self._generation_log_probs,
+            self._tokenizer,
+            stop_ids,
+            reward_funcs,
+            args.max_length,
+            context_length(self.model),
+            batch_size,
+            args,
+        )
+
+    def _generation_log_probs(self, examples: list[dict[str, list[int]]]) -> list[list[float]]:
+        """Of labelled tokens under the model as it is now, by the forward pass of training."""
+        with ready_to_generate(self.model):
+            return model_log_probs(
+                examples,
+                padded(self.data_collator),
+                lambda batch: self._forward(self.model, self._prepare_inputs(batch), PaddedLayout())[0],
+                self._log_prob_batches,
+            )
