@@ -8,13 +8,14 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from trl import SFTTrainer
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
 from .batch_layout import BatchLayout, PaddedLayout, PaddingFreeLayout, RowOutputs
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .losses import (
+    ImportanceRatios,
+    PreferenceLosses,
     RowLosses,
     closed_form_log_weights,
     filter_threshold,
@@ -28,6 +29,7 @@ from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_LENGTHS, ROW_OF_SEQUE
 from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
+from .row_gathering import RowGathering
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import SampleId, StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
@@ -48,7 +50,7 @@ class _StepEnd(TrainerCallback):
         self._trainer.finish_step()
 
 
-class BilevelStep(SFTTrainer):
+class BilevelStep(RowGathering):
     """
     The two levels of one optimizer step, for [`BilevelSFTTrainer`], which prepares what they work on.
 
@@ -218,10 +220,6 @@ class BilevelStep(SFTTrainer):
             reduce=self._sum_over_processes if self.args.average_tokens_across_devices else None,
         )
 
-    def _own_rows(self, step_values: torch.Tensor) -> torch.Tensor:
-        """This process' part of values of all processes' rows."""
-        return step_values.split(self._step_row_counts)[self.accelerator.process_index]
-
     def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
         return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
 
@@ -246,14 +244,7 @@ class BilevelStep(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         rows: StepRows = inputs.pop(STEP_ROWS)
-
-        if self.amortized_selector is None:
-            outputs, losses = self._forward(model, inputs, rows.layout)
-        else:
-            with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
-                outputs, losses = self._forward(model, inputs, rows.layout)
-            pooled = pool_completions(hidden_states.pop(), inputs["labels"], rows.layout)  # (R, H)
-            self._step_pooled.append(rows.row_means(pooled[: rows.num_sequences].cpu()))
+        outputs, losses = self._forward_and_pool(model, inputs, rows)
         # The one transfer from the device: it serves the check below and the selector's level
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = S + V or S + 2P
         self._step_row_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
@@ -278,22 +269,7 @@ class BilevelStep(SFTTrainer):
                 "the model has diverged: lower `learning_rate`."
             )
         else:
-            assert rows.coefficients is not None
-            objective_nll = losses.nll
-            if rows.num_refined:
-                ratios = importance_ratios(
-                    outputs.log_probs,
-                    outputs.label_mask,
-                    rows.dense_generation_log_probs(outputs.log_probs),
-                    self.args.importance_ratio_clip,
-                    self.args.importance_sampling_level,
-                )
-                objective_nll = row_losses(outputs.log_probs, outputs.label_mask, ratios.ratios).nll
-            validation_losses = losses.nll[rows.num_sequences :]  # (V,)
-            if self.args.validation_loss_type == "dpo":
-                preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
-                validation_losses = preferences.losses  # (P,)
-            loss = (rows.coefficients * torch.cat([objective_nll[: rows.num_sequences], validation_losses])).sum()
+            loss, preferences, ratios = self._objective(rows, outputs, losses)
 
         if self.args.average_tokens_across_devices:
             # The coefficients divide by the tokens of all processes, and DDP averages over processes again
@@ -315,6 +291,42 @@ class BilevelStep(SFTTrainer):
             RowCounts(rows.num_training, rows.num_filtered, num_nonfinite, rows.num_refined),
         )
         return loss
+
+    def _forward_and_pool(
+        self, model: torch.nn.Module, inputs: dict[str, Any], rows: StepRows
+    ) -> tuple[RowOutputs, RowLosses]:
+        if self.amortized_selector is None:
+            return self._forward(model, inputs, rows.layout)
+        with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
+            outputs, losses = self._forward(model, inputs, rows.layout)
+        pooled = pool_completions(hidden_states.pop(), inputs["labels"], rows.layout)  # (R, H)
+        self._step_pooled.append(rows.row_means(pooled[: rows.num_sequences].cpu()))
+        return outputs, losses
+
+    def _objective(
+        self, rows: StepRows, outputs: RowOutputs, losses: RowLosses
+    ) -> tuple[torch.Tensor, PreferenceLosses | None, ImportanceRatios | None]:
+        """lambda * L_val + (1 - lambda) * L_train(w), both in the rows' coefficients, and what it is made of."""
+        assert rows.coefficients is not None
+        preferences, ratios = None, None
+        training_losses = losses.nll[: rows.num_sequences]  # (S,)
+        if rows.num_refined:
+            ratios = importance_ratios(
+                outputs.log_probs,
+                outputs.label_mask,
+                rows.dense_generation_log_probs(outputs.log_probs),
+                self.args.importance_ratio_clip,
+                self.args.importance_sampling_level,
+            )
+            training_losses = row_losses(outputs.log_probs, outputs.label_mask, ratios.ratios).nll[
+                : rows.num_sequences
+            ]
+        validation_losses = losses.nll[rows.num_sequences :]  # (V,)
+        if self.args.validation_loss_type == "dpo":
+            preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
+            validation_losses = preferences.losses  # (P,)
+        loss = (rows.coefficients * torch.cat([training_losses, validation_losses])).sum()
+        return loss, preferences, ratios
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """After the backward pass: theta-hat's, where there is a value function."""
@@ -389,35 +401,3 @@ class BilevelStep(SFTTrainer):
         if "attention_mask" in inputs:
             return inputs["attention_mask"].sum()
         return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
-
-    def _count_rows(self, num_own: int) -> list[int]:
-        """Training rows of the optimizer step of each process: packed sequences hold different numbers of rows."""
-        num_processes = self.accelerator.num_processes
-        if num_processes == 1 or self.packed_training is None:
-            return [num_own] * num_processes
-        return self.accelerator.gather(torch.tensor([num_own], device=self.accelerator.device)).tolist()
-
-    def _gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of all processes' training rows of the step, in the same order on each, on the CPU."""
-        if self.accelerator.num_processes == 1:
-            return values
-        most = max(self._step_row_counts)
-        padded = values.new_zeros((most, *values.shape[1:]))
-        padded[: len(values)] = values
-        parts = self.accelerator.gather(padded.to(self.accelerator.device)).cpu().split(most)
-        return torch.cat([part[:count] for part, count in zip(parts, self._step_row_counts, strict=True)])
-
-    def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values.to(self.accelerator.device)).cpu()
-
-    def _reduce_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        # The coefficients divide by the tokens of all processes, or of this one
-        reduction = "sum" if self.args.average_tokens_across_devices else "mean"
-        return self.accelerator.reduce(gradient, reduction)
-
-    def _any_process(self, condition: bool | torch.Tensor) -> bool:
-        """Whether the condition holds on any process; all of them must take the same branch around a forward pass."""
-        if self.accelerator.num_processes == 1:
-            return bool(condition)
-        flag = torch.as_tensor(condition, dtype=torch.int64, device=self.accelerator.device).reshape(1)
-        return bool(self.accelerator.gather(flag).any())

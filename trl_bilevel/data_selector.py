@@ -2,37 +2,27 @@
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import torch
 
-from .selector_files import read_selector_state, read_selector_table, write_selector_state, write_selector_table
-from .selector_updates import SelectorActivation, mirror_descent_step, selection_gradient
+from .selector_files import (
+    positions_of,
+    read_selector_state,
+    read_selector_table,
+    write_selector_state,
+    write_selector_table,
+)
+from .selector_updates import SelectorActivation, mirror_descent_step, once_and_finite, selection_gradient
+from .weight_sums import SelectorStatistics, WeightSums
 
-
-# The running normaliser is recomputed once its rounding error, or exp(), could matter (see `_set_logits`).
-_LARGEST_EXPONENT = 200.0
-_SMALLEST_TOTAL_RATIO = 1e-6
 
 SelectorOptimizer = Literal["mirror_descent", "adam"]
 ValueFunctionRows = Literal["rejected", "all", "selected"]
 DEFAULT_LEARNING_RATE: dict[SelectorOptimizer, float] = {"mirror_descent": 1.0, "adam": 5e-3}
-
-
-class SelectorStatistics(NamedTuple):
-    """Health of the selector's weights; uniform weights give `entropy = log N` and `effective_sample_ratio = 1`."""
-
-    entropy: float
-    """Entropy of the normalised weights, in nats."""
-    effective_sample_ratio: float
-    """Effective number of rows over the number of rows, `(sum w)^2 / (N sum w^2)`, in (0, 1]."""
-    weight_min: float
-    weight_max: float
 
 
 class DataSelector:
@@ -83,8 +73,6 @@ class DataSelector:
     ```
     """
 
-    _moments: tuple[float, float, float] | None  # see `_fresh_moments`
-
     def __init__(
         self,
         num_rows: int,
@@ -121,12 +109,14 @@ class DataSelector:
         self.sources = sources
         num_units = num_rows if sources is None else int(sources.max()) + 1
         # A unit is what has a weight: a row, or a source
-        self._unit_sizes = None if sources is None else sources.bincount(minlength=num_units).double()  # (U,)
+        self._sums = WeightSums(
+            activation, None if sources is None else sources.bincount(minlength=num_units).double()
+        )
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
         self._adam = torch.optim.Adam([self._unit_logits], lr=learning_rate) if optimizer == "adam" else None
-        self._refresh_normalizer()
+        self._sums.refresh(self._unit_logits)
 
     @property
     def sample_ids(self) -> pa.ChunkedArray:
@@ -140,15 +130,15 @@ class DataSelector:
 
     def weights(self) -> torch.Tensor:
         """Weights of all rows, shape (N,), fp32, mean 1, in the row order of the training dataset."""
-        return self._normalize(self._mass(self.logits))
+        return self._normalize(self._sums.mass(self.logits))
 
     def source_weights(self) -> torch.Tensor:
         """Weight of each source, shape (number of sources,), fp32; without sources those of the rows."""
-        return self._normalize(self._mass(self._unit_logits))
+        return self._normalize(self._sums.mass(self._unit_logits))
 
     def weights_of(self, row_indices: torch.Tensor) -> torch.Tensor:
         """Weights of some rows, in O(B): `row_indices` is int64 of shape (B,), the result fp32 of shape (B,)."""
-        return self._normalize(self._mass(self._unit_logits[self._units_of(row_indices)]))
+        return self._normalize(self._sums.mass(self._unit_logits[self._units_of(row_indices)]))
 
     def value_function_weights_of(self, row_indices: torch.Tensor, rows: ValueFunctionRows) -> torch.Tensor:
         """
@@ -197,23 +187,23 @@ class DataSelector:
             row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
             losses (`torch.Tensor`): mean negative log-likelihood per completion token, shape (B,), in nats.
         """
-        row_indices, losses = _once_and_finite(row_indices, losses)
+        row_indices, losses = once_and_finite(row_indices, losses)
         if row_indices.numel() == 0:
             return
         units = self._units_of(row_indices)
         self._scored[units], self._restarted[units] = True, False
         if self._adam is None:
             before = self._unit_logits[units]
-            after = mirror_descent_step(before, self._log_mass(before), losses, self.learning_rate, self.centered)
-            self._set_logits(*self._mean_over_source(units, before, after))
+            after = mirror_descent_step(before, self._sums.log_mass(before), losses, self.learning_rate, self.centered)
+            self._sums.set_logits(self._unit_logits, *self._mean_over_source(units, before, after))
         else:
-            gradient = selection_gradient(self._mass(self.logits), row_indices, losses.double(), self.activation)
+            gradient = selection_gradient(self._sums.mass(self.logits), row_indices, losses.double(), self.activation)
             if self.sources is not None:
                 gradient = gradient.new_zeros(self._unit_logits.shape).index_add_(0, self.sources, gradient)
             self._unit_logits.grad = gradient.float()
             self._adam.step()
             self._unit_logits.grad = None
-            self._refresh_normalizer()
+            self._sums.refresh(self._unit_logits)
 
     def assign(self, row_indices: torch.Tensor, log_weights: torch.Tensor) -> None:
         """
@@ -229,18 +219,18 @@ class DataSelector:
         """
         if self.activation != "softmax" or self.sources is not None:
             raise ValueError("Only a softmax selector with one weight per row can be given weights.")
-        row_indices, logits = _once_and_finite(row_indices, log_weights)
+        row_indices, logits = once_and_finite(row_indices, log_weights)
         if row_indices.numel() == 0:
             return
         self._scored[row_indices], self._restarted[row_indices] = True, False
-        self._set_logits(row_indices, logits)
+        self._sums.set_logits(self._unit_logits, row_indices, logits)
 
     @property
     def neutral_logit(self) -> float:
         """Logit of an answer of which nothing is known yet: of the mean weight, or for the sigmoid of the prior."""
         if self.activation == "sigmoid":
             return math.log(self.prior / (1 - self.prior))
-        return self._shift + math.log(self._total / self.num_rows)
+        return self._sums.shift + math.log(self._sums.total / self.num_rows)
 
     @property
     def proved_good(self) -> torch.Tensor:
@@ -258,22 +248,13 @@ class DataSelector:
         """
         if self.sources is not None or self.learning_rate == 0 or row_indices.numel() == 0:
             return
-        self._set_logits(row_indices, self._unit_logits[row_indices].clamp(min=self.neutral_logit))
+        risen = self._unit_logits[row_indices].clamp(min=self.neutral_logit)
+        self._sums.set_logits(self._unit_logits, row_indices, risen)
         self._restarted[row_indices] = True
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; all but the extremes from running sums."""
-        if self._moments is None:
-            self._moments = self._fresh_moments()
-        sum_of_squares, sum_of_logs, _ = self._moments
-        smallest, largest = self._mass(torch.stack(self._unit_logits.aminmax())).tolist()
-        return SelectorStatistics(
-            # of shares m / M: - sum (m / M) log(m / M) = log M - (sum m log m) / M
-            entropy=math.log(self._total) - sum_of_logs / self._total,
-            effective_sample_ratio=self._total**2 / (self.num_rows * sum_of_squares),
-            weight_min=self.num_rows * smallest / self._total,
-            weight_max=self.num_rows * largest / self._total,
-        )
+        return self._sums.statistics(self._unit_logits, self.num_rows)
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
         """
@@ -303,10 +284,8 @@ class DataSelector:
             "logits": self._unit_logits,
             "scored": self._scored,
             "restarted": self._restarted,
-            "normalizer": torch.tensor([self._shift, self._total, self._refreshed_total], dtype=torch.float64),
+            **self._sums.state(),
         }
-        if self._moments is not None:
-            tensors["moments"] = torch.tensor(self._moments, dtype=torch.float64)
         if self._adam is not None:
             tensors |= {f"adam.{name}": value for name, value in self._adam.state[self._unit_logits].items()}
         return tensors
@@ -315,8 +294,7 @@ class DataSelector:
         self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
         self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))
-        self._shift, self._total, self._refreshed_total = tensors["normalizer"].tolist()
-        self._moments = tuple(tensors["moments"].tolist()) if "moments" in tensors else None
+        self._sums.restore(tensors)
         if self._adam is not None:
             self._adam.state[self._unit_logits] = {
                 name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")
@@ -357,7 +335,7 @@ class DataSelector:
         selector = cls(table.num_rows, activation=activation, sample_ids=table.column("sample_id"))
         selector._unit_logits.copy_(torch.tensor(table.column("logit").to_numpy()))
         selector._scored.copy_(torch.tensor(table.column("scored").to_numpy()))
-        selector._refresh_normalizer()
+        selector._sums.refresh(selector._unit_logits)
         return selector
 
     def start_from(self, other: "DataSelector") -> int:
@@ -381,8 +359,7 @@ class DataSelector:
                 f"The given selector has {other.activation!r} weights, this one {self.activation!r}. Set "
                 f"`selector_activation={other.activation!r}`."
             )
-        positions = pa.compute.index_in(_strings(self.sample_ids), value_set=_strings(other.sample_ids))
-        positions = torch.tensor(positions.fill_null(-1).to_numpy().astype(np.int64))  # (N,)
+        positions = torch.tensor(positions_of(self.sample_ids, other.sample_ids))  # (N,)
         known = (positions >= 0) & other.scored[positions]
         if not known.any():
             raise ValueError(
@@ -391,19 +368,19 @@ class DataSelector:
                 "the same `sample_id_column` in both runs."
             )
         # Of mean weight: its mass is the mean mass of the other's rows
-        mean_mass = other._total / other.num_rows
+        mean_mass = other._sums.total / other.num_rows
         neutral = (
-            other._shift + math.log(mean_mass)
+            other._sums.shift + math.log(mean_mass)
             if self.activation == "softmax"
             else math.log(mean_mass / (1 - mean_mass))
         )
         logits = torch.where(known, other.logits[positions], neutral)
-        if self._unit_sizes is not None and self.sources is not None:
-            total = torch.zeros_like(self._unit_sizes).index_add_(0, self.sources, logits.double())
-            logits = total / self._unit_sizes
+        if self._sums.unit_sizes is not None and self.sources is not None:
+            total = torch.zeros_like(self._sums.unit_sizes).index_add_(0, self.sources, logits.double())
+            logits = total / self._sums.unit_sizes
         self._unit_logits.copy_(logits)
         self._scored[self._units_of(known.nonzero().flatten())] = True
-        self._refresh_normalizer()
+        self._sums.refresh(self._unit_logits)
         return int(known.sum())
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
@@ -422,78 +399,13 @@ class DataSelector:
         self, units: torch.Tensor, before: torch.Tensor, after: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The units of a batch, each once, and their new logits; takes those of its rows, shape (B,) each."""
-        if self._unit_sizes is None:
+        if self._sums.unit_sizes is None:
             return units, after
         # omega_s <- omega_s + 1/n_s * sum_{i in B and s} (step of row i)
-        steps = (after - before) / self._unit_sizes[units]
+        steps = (after - before) / self._sums.unit_sizes[units]
         moved, position = units.unique(return_inverse=True)
         return moved, self._unit_logits[moved] + torch.zeros(moved.shape).index_add_(0, position, steps.float())
 
-    def _log_mass(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logarithms of the unnormalised weights in float64, same shape as `logits`."""
-        logits = logits.double()
-        return logits - self._shift if self.activation == "softmax" else torch.nn.functional.logsigmoid(logits)
-
-    def _mass(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._log_mass(logits).exp()
-
     def _normalize(self, mass: torch.Tensor) -> torch.Tensor:
         # w_i = N * mass_i / sum(mass)
-        return (mass * (self.num_rows / self._total)).float()
-
-    def _set_logits(self, units: torch.Tensor, logits: torch.Tensor) -> None:
-        total, *moments = self._sums(units, with_moments=self._moments is not None)
-        self._unit_logits[units] = logits
-        if logits.max().item() - self._shift > _LARGEST_EXPONENT:
-            self._refresh_normalizer()
-            return
-        new_total, *new_moments = self._sums(units, with_moments=self._moments is not None)
-        self._total += new_total - total
-        # Subtracting most of a sum leaves mainly its rounding error
-        if self._total < _SMALLEST_TOTAL_RATIO * self._refreshed_total:
-            self._refresh_normalizer()
-        self._refreshed_total = max(self._refreshed_total, self._total)
-        if self._moments is not None:
-            squares = self._moments[0] + new_moments[0] - moments[0]
-            logs = self._moments[1] + new_moments[1] - moments[1]
-            is_exact = squares > _SMALLEST_TOTAL_RATIO * self._moments[2]
-            self._moments = (squares, logs, max(squares, self._moments[2])) if is_exact else None
-
-    def _sums(self, units: torch.Tensor | slice, with_moments: bool) -> list[float]:
-        """Sums over all rows of some units: of their mass m, and with moments of m^2 and of m log m."""
-        log_mass = self._log_mass(self._unit_logits[units])
-        mass = log_mass.exp()
-        terms = [mass, mass.square(), mass * log_mass] if with_moments else [mass]
-        if self._unit_sizes is None:
-            return [term.sum().item() for term in terms]
-        return [torch.dot(self._unit_sizes[units], term).item() for term in terms]
-
-    def _refresh_normalizer(self) -> None:
-        self._shift = self._unit_logits.max().item() if self.activation == "softmax" else 0.0
-        self._total = sum(self._sums(units, with_moments=False)[0] for units in _slices(len(self._unit_logits)))
-        self._refreshed_total = self._total
-        self._moments = None  # until somebody asks for statistics
-
-    def _fresh_moments(self) -> tuple[float, float, float]:
-        """Sums over all rows of m^2 and of m log m, and the largest that the first has been."""
-        parts = [self._sums(units, with_moments=True)[1:] for units in _slices(len(self._unit_logits))]
-        squares, logs = (sum(column) for column in zip(*parts, strict=True))
-        return squares, logs, squares
-
-
-def _slices(length: int, size: int = 100_000) -> Iterator[slice]:
-    """Walk over many rows in pieces, so that float64 copies of them stay small."""
-    return (slice(start, start + size) for start in range(0, length, size))
-
-
-def _strings(ids: pa.ChunkedArray) -> pa.Array:
-    """Ids in one type, whatever integer or string type they were stored in."""
-    return ids.cast(pa.large_string()).combine_chunks()
-
-
-def _once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows with a finite value, each once, and their values in fp32; both of shape (number of those rows,)."""
-    finite = values.isfinite()
-    row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
-    # One of a row's duplicates wins; which one does not matter, they were computed from the same parameters
-    return row_indices, torch.empty(row_indices.numel()).scatter_(0, occurrence, values[finite].float())
+        return (mass * (self.num_rows / self._sums.total)).float()

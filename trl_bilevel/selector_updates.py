@@ -81,3 +81,11 @@ def selection_gradient(
     excess = -batch_loss.expand(mass.shape).clone()
     excess[row_indices] += losses
     return scale * _MASS_DERIVATIVE[activation](mass) * excess / total
+
+
+def once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows with a finite value, each once, and their values in fp32; both of shape (number of those rows,)."""
+    finite = values.isfinite()
+    row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
+    # One of a row's duplicates wins; which one does not matter, they were computed from the same parameters
+    return row_indices, torch.empty(row_indices.numel()).scatter_(0, occurrence, values[finite].float())

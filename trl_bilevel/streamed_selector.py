@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from .data_selector import _LARGEST_EXPONENT, DataSelector
+from .data_selector import DataSelector
 from .selector_updates import SelectorActivation
+from .weight_sums import WeightSums
 
 
 SampleId = str | int
@@ -87,7 +88,7 @@ class StreamedSelector(DataSelector):
         # The tensors of the parent class are the filled parts of these
         self._buffers = (self._unit_logits, self._scored, self._restarted)
         self._show(0)
-        self._total = self._refreshed_total = 0.0
+        self._sums = WeightSums(activation)
 
     @property
     def sample_ids(self) -> pa.ChunkedArray:
@@ -128,15 +129,7 @@ class StreamedSelector(DataSelector):
             return
         self._reserve(num_rows)
         self._show(num_rows)
-        if self._first_logit - self._shift > _LARGEST_EXPONENT:
-            self._refresh_normalizer()
-            return
-        total, *moments = self._sums(slice(before, num_rows), with_moments=self._moments is not None)
-        self._total += total
-        self._refreshed_total = max(self._refreshed_total, self._total)
-        if self._moments is not None:
-            squares, logs = self._moments[0] + moments[0], self._moments[1] + moments[1]
-            self._moments = (squares, logs, max(squares, self._moments[2]))
+        self._sums.grow(self._unit_logits, num_known=before)
 
     def _reserve(self, num_rows: int) -> None:
         """Room for rows, at least twice as much as there was, so that a row costs O(1) on average."""
