@@ -73,6 +73,15 @@ def test_reference_has_every_public_name_and_option(site):
     assert not re.search(r"\[<code>|\*optional\*|<p>:|\$\\", reference)  # markup that was not read as such
 
 
+def test_example_of_the_docstring_converter():
+    pytest.importorskip("griffe")
+    path = ROOT / "docs" / "tools" / "hf_docstrings.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "doctest", str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def _blocks(language):
     found = []
     for page in PAGES:

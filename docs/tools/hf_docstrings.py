@@ -66,7 +66,8 @@ def to_markdown(docstring: str) -> str:
         elif section is None:
             lines.append(line)
         else:
-            lines += _section_line(section, line.removeprefix("    "))
+            new = _section_line(section, line.removeprefix("    "))
+            lines += new[1:] if new[0] == "" and lines[-1] == "" and len(new) > 1 else new
     # The text of an item without one on its own line starts on the next
     return re.sub(r"\n:\n +", "\n:   ", "\n".join(lines)).strip("\n")
 
