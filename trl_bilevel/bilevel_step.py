@@ -32,7 +32,7 @@ from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .row_gathering import RowGathering
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import SampleId, StreamedSelector
-from .training_metrics import RowCounts, TrainingMetrics, sum_tokens
+from .training_metrics import RowCounts, TrainingMetrics, count_input_tokens, sum_tokens
 from .value_function import ValueFunction
 from .zero_gradients import ZeroGradients
 
@@ -283,7 +283,7 @@ class BilevelStep(RowGathering):
                 outputs.entropy,
                 outputs.is_top1,
                 num_training_rows=rows.num_sequences if finite.any() else 0,
-                input_tokens=self._count_input_tokens(inputs) * bool(finite.any()),
+                input_tokens=count_input_tokens(inputs) * bool(finite.any()),
                 aux_loss=outputs.aux_loss if self.aux_loss_enabled else loss.new_zeros(()),
                 preferences=preferences,
                 ratios=ratios,
@@ -395,9 +395,3 @@ class BilevelStep(RowGathering):
             return self._zero_gradients.loss(outputs.log_probs)
         empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
         return torch.cat([values.float() for values in empty]).sum()
-
-    @staticmethod
-    def _count_input_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if "attention_mask" in inputs:
-            return inputs["attention_mask"].sum()
-        return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)

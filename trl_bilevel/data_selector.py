@@ -10,13 +10,19 @@ import pyarrow as pa
 import torch
 
 from .selector_files import (
-    positions_of,
     read_selector_state,
     read_selector_table,
     write_selector_state,
     write_selector_table,
 )
-from .selector_updates import SelectorActivation, mirror_descent_step, once_and_finite, selection_gradient
+from .selector_transfer import transferred_logits
+from .selector_updates import (
+    SelectorActivation,
+    mean_over_source,
+    mirror_descent_step,
+    once_and_finite,
+    selection_gradient,
+)
 from .weight_sums import SelectorStatistics, WeightSums
 
 
@@ -195,7 +201,9 @@ class DataSelector:
         if self._adam is None:
             before = self._unit_logits[units]
             after = mirror_descent_step(before, self._sums.log_mass(before), losses, self.learning_rate, self.centered)
-            self._sums.set_logits(self._unit_logits, *self._mean_over_source(units, before, after))
+            if self._sums.unit_sizes is not None:
+                units, after = mean_over_source(units, before, after, self._unit_logits, self._sums.unit_sizes)
+            self._sums.set_logits(self._unit_logits, units, after)
         else:
             gradient = selection_gradient(self._sums.mass(self.logits), row_indices, losses.double(), self.activation)
             if self.sources is not None:
@@ -230,7 +238,13 @@ class DataSelector:
         """Logit of an answer of which nothing is known yet: of the mean weight, or for the sigmoid of the prior."""
         if self.activation == "sigmoid":
             return math.log(self.prior / (1 - self.prior))
-        return self._sums.shift + math.log(self._sums.total / self.num_rows)
+        return self.mean_logit
+
+    @property
+    def mean_logit(self) -> float:
+        """Logit of the mean weight."""
+        mean = self._sums.total / self.num_rows
+        return self._sums.shift + math.log(mean) if self.activation == "softmax" else math.log(mean / (1 - mean))
 
     @property
     def proved_good(self) -> torch.Tensor:
@@ -359,22 +373,7 @@ class DataSelector:
                 f"The given selector has {other.activation!r} weights, this one {self.activation!r}. Set "
                 f"`selector_activation={other.activation!r}`."
             )
-        positions = torch.tensor(positions_of(self.sample_ids, other.sample_ids))  # (N,)
-        known = (positions >= 0) & other.scored[positions]
-        if not known.any():
-            raise ValueError(
-                "None of the rows has a score in the given selector, so nothing can be taken over. Sample ids are "
-                f"like {self.sample_ids[0].as_py()!r} here and like {other.sample_ids[0].as_py()!r} there. Use "
-                "the same `sample_id_column` in both runs."
-            )
-        # Of mean weight: its mass is the mean mass of the other's rows
-        mean_mass = other._sums.total / other.num_rows
-        neutral = (
-            other._sums.shift + math.log(mean_mass)
-            if self.activation == "softmax"
-            else math.log(mean_mass / (1 - mean_mass))
-        )
-        logits = torch.where(known, other.logits[positions], neutral)
+        logits, known = transferred_logits(self.sample_ids, other)
         if self._sums.unit_sizes is not None and self.sources is not None:
             total = torch.zeros_like(self._sums.unit_sizes).index_add_(0, self.sources, logits.double())
             logits = total / self._sums.unit_sizes
@@ -394,17 +393,6 @@ class DataSelector:
 
     def _units_of(self, row_indices: torch.Tensor) -> torch.Tensor:
         return row_indices if self.sources is None else self.sources[row_indices]
-
-    def _mean_over_source(
-        self, units: torch.Tensor, before: torch.Tensor, after: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The units of a batch, each once, and their new logits; takes those of its rows, shape (B,) each."""
-        if self._sums.unit_sizes is None:
-            return units, after
-        # omega_s <- omega_s + 1/n_s * sum_{i in B and s} (step of row i)
-        steps = (after - before) / self._sums.unit_sizes[units]
-        moved, position = units.unique(return_inverse=True)
-        return moved, self._unit_logits[moved] + torch.zeros(moved.shape).index_add_(0, position, steps.float())
 
     def _normalize(self, mass: torch.Tensor) -> torch.Tensor:
         # w_i = N * mass_i / sum(mass)

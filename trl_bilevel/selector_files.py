@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet
 import torch
 from huggingface_hub import hf_hub_download
@@ -162,14 +161,3 @@ def _read_logits(path: Path) -> pa.Table:
             "scored": np.ones(len(logits), dtype=bool),
         }
     )
-
-
-def positions_of(ids: pa.ChunkedArray, known_ids: pa.ChunkedArray) -> np.ndarray:
-    """Where each of N ids is among the known ones, int64 of shape (N,); -1 for those that are not."""
-    found = pa.compute.index_in(_strings(ids), value_set=_strings(known_ids))
-    return found.fill_null(-1).to_numpy().astype(np.int64)
-
-
-def _strings(ids: pa.ChunkedArray) -> pa.Array:
-    """Ids in one type, whatever integer or string type they were stored in."""
-    return ids.cast(pa.large_string()).combine_chunks()

@@ -89,3 +89,28 @@ def once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[to
     row_indices, occurrence = row_indices[finite].unique(return_inverse=True)
     # One of a row's duplicates wins; which one does not matter, they were computed from the same parameters
     return row_indices, torch.empty(row_indices.numel()).scatter_(0, occurrence, values[finite].float())
+
+
+def mean_over_source(
+    sources: torch.Tensor,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    source_logits: torch.Tensor,
+    source_sizes: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The step of each source of a batch: `omega_s <- omega_s + 1/n_s * sum_{i in B and s} (step of row i)`.
+
+    Args:
+        sources (`torch.Tensor`): source of each row of the batch, int64 of shape (B,).
+        before (`torch.Tensor`): logits of the rows, shape (B,).
+        after (`torch.Tensor`): what the rows on their own would move to, shape (B,).
+        source_logits (`torch.Tensor`): logits of all sources, shape (U,).
+        source_sizes (`torch.Tensor`): rows of all sources in the dataset, float64 of shape (U,).
+
+    Returns:
+        The sources of the batch, each once, and their new logits.
+    """
+    steps = (after - before) / source_sizes[sources]
+    moved, position = sources.unique(return_inverse=True)
+    return moved, source_logits[moved] + torch.zeros(moved.shape).index_add_(0, position, steps.float())

@@ -156,3 +156,10 @@ def sum_tokens(
         squared_ratios=zero if ratios is None else (ratios.ratios.square() * ratios.is_generated).sum(),
         clipped_ratios=zero if ratios is None else ratios.is_clipped.sum(),
     )
+
+
+def count_input_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens of a batch without padding, a scalar."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
