@@ -109,15 +109,8 @@ def publish_curated_dataset(
             old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
             terms = _resolve_terms(api, repo_id, facts, license, language, old_card, ask_once)
             with tempfile.TemporaryDirectory() as folder:
-                files = write_configs(scored, num_kept, Path(folder))
                 card = build_card(scored, num_kept, facts, repo_id, *terms, sensitive, old_card, Path(folder))
-                (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
-                operations: list[Any] = [
-                    CommitOperationAdd(name, str(Path(folder) / name)) for name in [*files, FIGURE_PATH, "README.md"]
-                ]
-                ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
-                stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
-                operations += [CommitOperationDelete(name) for name in stale]
+                operations = _commit_operations(scored, num_kept, card, existing, Path(folder))
                 message = commit_message or f"Curated dataset: {num_kept:,} of {len(scored):,} rows"
                 try:
                     return _retried(
@@ -136,6 +129,20 @@ def publish_curated_dataset(
                     if error.response.status_code != 412 or attempt == _ATTEMPTS - 1:
                         raise
     raise AssertionError("unreachable")
+
+
+def _commit_operations(
+    scored: Dataset, num_kept: int, card: DatasetCard, existing: set[str], folder: Path
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Write the files of a commit to a folder that holds the card's figure; files of ours that are no more leave."""
+    files = write_configs(scored, num_kept, folder)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
+    stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
+    return [
+        *(CommitOperationAdd(name, str(folder / name)) for name in [*files, FIGURE_PATH, "README.md"]),
+        *(CommitOperationDelete(name) for name in stale),
+    ]
 
 
 def _resolve_terms(

@@ -201,6 +201,13 @@ def check_refinement(config: RefinementConfig) -> None:
     Raises:
         `ValueError`: for a value out of range, or one that the others would ignore.
     """
+    _check_ranges(config)
+    _check_combinations(config)
+    if config.refine_prompt_template is not None:
+        _check_prompt_template(config.refine_prompt_template)
+
+
+def _check_ranges(config: RefinementConfig) -> None:
     for name, choices in (
         ("refine_mode", get_args(RefineMode)),
         ("importance_sampling_level", get_args(ImportanceSamplingLevel)),
@@ -229,6 +236,9 @@ def check_refinement(config: RefinementConfig) -> None:
         value = getattr(config, name)
         if value >= 1 and value != int(value):
             raise ValueError(f"`{name}` must be a whole number of steps, or a share smaller than 1, got {value}.")
+
+
+def _check_combinations(config: RefinementConfig) -> None:
     if config.refine_min_probability > 0 and not config.refine_discard_flawed:
         raise ValueError(
             f"`refine_min_probability={config.refine_min_probability}` has no effect with "
@@ -258,16 +268,16 @@ def check_refinement(config: RefinementConfig) -> None:
                     f"`{name}={getattr(config, name)!r}` has no effect with `use_vllm=False`. Leave it out, or set "
                     "`use_vllm=True`."
                 )
-    if config.refine_prompt_template is not None:
-        environment = SandboxedEnvironment()
-        try:
-            names = meta.find_undeclared_variables(environment.parse(config.refine_prompt_template))
-        except TemplateError as error:
-            raise ValueError(
-                f"`refine_prompt_template` is not a Jinja template ({error}): {config.refine_prompt_template!r}."
-            ) from error
-        if "prompt" not in names or names - {"prompt", "completion"}:
-            raise ValueError(
-                "`refine_prompt_template` must use `{{ prompt }}`, may use `{{ completion }}` and nothing else, got "
-                f"{config.refine_prompt_template!r}."
-            )
+
+
+def _check_prompt_template(template: str) -> None:
+    environment = SandboxedEnvironment()
+    try:
+        names = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError as error:
+        raise ValueError(f"`refine_prompt_template` is not a Jinja template ({error}): {template!r}.") from error
+    if "prompt" not in names or names - {"prompt", "completion"}:
+        raise ValueError(
+            "`refine_prompt_template` must use `{{ prompt }}`, may use `{{ completion }}` and nothing else, got "
+            f"{template!r}."
+        )
