@@ -7,12 +7,15 @@ import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
 from trl import SFTConfig
 
 from trl_bilevel import BilevelSFTConfig, RefinementConfig
+from trl_bilevel.bilevel_sft_config import SelectionMethod
+from trl_bilevel.selection_methods import SELECTION_METHODS
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +63,31 @@ def test_no_file_names_a_package_registry_or_model_hub_host():
         if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml"} and not {".git", ".venv"} & set(path.parts):
             text = path.read_text()
             assert not any(host in text for host in hosts), path
+
+
+def test_every_selection_method_is_a_choice():
+    assert set(get_args(SelectionMethod)) == set(SELECTION_METHODS)
+
+
+def _modules():
+    return sorted(path for path in (ROOT / "trl_bilevel").rglob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef):
+            documentation = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
+            assert node.end_lineno - node.lineno + 1 - documentation <= 60, node.name
+
+
+def test_contributing_lists_every_module():
+    listed = (ROOT / "CONTRIBUTING.md").read_text()
+    missing = [
+        path.name
+        for path in _modules()
+        if path.parent.name not in ("demo", "scripts") and f"`{path.name}`" not in listed
+    ]
+    assert not missing

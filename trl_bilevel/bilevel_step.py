@@ -17,7 +17,6 @@ from .losses import (
     ImportanceRatios,
     PreferenceLosses,
     RowLosses,
-    closed_form_log_weights,
     filter_threshold,
     importance_ratios,
     preference_losses,
@@ -30,6 +29,7 @@ from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .row_gathering import RowGathering
+from .selection_methods import build_selection
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import SampleId, StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, count_input_tokens, sum_tokens
@@ -86,6 +86,7 @@ class BilevelStep(RowGathering):
         self._step_validation_weight = self.args.validation_weight
         self._refresh_schedule_checked = False
         self._zero_gradients = ZeroGradients()
+        self._selection = build_selection(self.args)
 
     @property
     def validation_weight(self) -> float:
@@ -113,15 +114,15 @@ class BilevelStep(RowGathering):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._start_step(batches)
-            if self.args.selection_method == "bds":
-                self._weigh_rows(batches, self.data_selector.weights_of(self._step_sample_indices))
-                if self.value_function is not None:
-                    self._weigh_value_function_rows(batches)
+            if not self._selection.needs_losses:
+                self._weigh_rows(batches, self._selected_weights())
             elif len(batches) > 1:
-                # The weights of BMO compare the losses of all micro-batches, which are not known before the first
-                # backward pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
+                # The weights compare the losses of all micro-batches, which are not known before the first backward
+                # pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
                 row_means = torch.cat([self._row_means_without_gradient(batch) for batch in batches])
-                self._weigh_rows(batches, self._closed_form_weights(row_means))
+                self._weigh_rows(batches, self._selected_weights(row_means))
+            if self.value_function is not None:
+                self._weigh_value_function_rows(batches)
         return batches, num_items_in_batch
 
     def _is_refresh_due(self) -> bool:
@@ -220,8 +221,9 @@ class BilevelStep(RowGathering):
             reduce=self._sum_over_processes if self.args.average_tokens_across_devices else None,
         )
 
-    def _closed_form_weights(self, row_means: torch.Tensor) -> torch.Tensor:
-        return closed_form_log_weights(self._gather_rows(row_means), self.args.bmo_temperature).exp()
+    def _selected_weights(self, own_row_means: torch.Tensor | None = None) -> torch.Tensor:
+        row_means = None if own_row_means is None else self._gather_rows(own_row_means)
+        return self._selection.weights(self.data_selector, self._step_sample_indices, row_means)
 
     @torch.no_grad()
     def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -249,8 +251,7 @@ class BilevelStep(RowGathering):
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = S + V or S + 2P
         self._step_row_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
         if rows.coefficients is None:
-            weights = self._closed_form_weights(self._step_row_means[-1])
-            self._weigh_rows([{STEP_ROWS: rows}], weights)
+            self._weigh_rows([{STEP_ROWS: rows}], self._selected_weights(self._step_row_means[-1]))
         finite = rows.with_whole_pairs(nll.isfinite())
         num_nonfinite = int((~finite).sum())
         if self._any_process(num_nonfinite > 0):
@@ -371,14 +372,10 @@ class BilevelStep(RowGathering):
 
     def _update_selector(self) -> None:
         losses = row_means = self._gather_rows(torch.cat(self._step_row_means))
-        if self.args.selection_method == "bmo":
-            log_weights = closed_form_log_weights(row_means, self.args.bmo_temperature)
-            self.data_selector.assign(self._step_sample_indices, log_weights)
-        else:
-            if self.value_function is not None:
-                # excess loss: l_i(theta) - l_i(theta-hat)
-                losses = row_means - self._gather_rows(torch.cat(self._step_value_means))
-            self.data_selector.update(self._step_sample_indices, losses)
+        if self.value_function is not None:
+            # excess loss: l_i(theta) - l_i(theta-hat)
+            losses = row_means - self._gather_rows(torch.cat(self._step_value_means))
+        self._selection.update(self.data_selector, self._step_sample_indices, row_means, losses)
         if self.amortized_selector is not None:
             self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means, losses)
 
