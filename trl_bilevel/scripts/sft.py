@@ -1,4 +1,4 @@
-"""
+r"""
 `trl-bilevel sft`: fine-tune on a dataset of mixed quality, guided by a small dataset you trust.
 
 ```bash
@@ -22,6 +22,7 @@ from pathlib import Path
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
 from trl_bilevel.dataset_loading import load_split
 from trl_bilevel.parquet_files import write_parquet
 
@@ -149,9 +150,13 @@ def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return make_command_parser(
+        (BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), __doc__, prog
+    )
 
 
 if __name__ == "__main__":
-    # Options of `accelerate launch` may stand in the same YAML file
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    print_in_any_locale()
+    with one_line_errors():
+        # Options of `accelerate launch` may stand in the same YAML file
+        main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
