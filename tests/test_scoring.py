@@ -240,14 +240,14 @@ def test_command_line(make_lora_trainer, build_model, tokenizer, tmp_path, capsy
     ],
 )
 def test_missing_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         main(["score", *options])
 
 
 def test_folder_that_is_no_run(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(FileNotFoundError, match="output folder, or a checkpoint, of a run"):
+    with pytest.raises(SystemExit, match="output folder, or a checkpoint, of a run"):
         main(["score", str(tmp_path), *options])
 
 

@@ -6,34 +6,42 @@ from collections.abc import Sequence
 from importlib import resources
 
 from . import __version__
+from .command_line import one_line_errors, parse_known_options, parse_options, print_in_any_locale
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; its options follow its name."""
+    """
+    Run a subcommand; its options follow its name.
+
+    Exit codes: 0; 1 for an error, which is one line where it is the user's to mend; 2 for options that do not exist.
+    """
     parser = argparse.ArgumentParser(
         prog="trl-bilevel",
         description="Learn which rows of a fine-tuning dataset to trust, while training on it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"trl-bilevel {__version__}")
-    subparsers = parser.add_subparsers(title="commands", dest="command")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="command")
     for name, (_, help_text) in _COMMANDS.items():
         subparsers.add_parser(name, help=help_text, add_help=False)
     options = list(sys.argv[1:] if argv is None else argv)
-    command = parser.parse_known_args(options[:1])[0].command
+    command = parser.parse_args(options[:1]).command
     if command is None:
         parser.print_help()
         return 0
+    print_in_any_locale()
     run, _ = _COMMANDS[command]
-    run(options[1:])
+    with one_line_errors():
+        run(options[1:])
     return 0
 
 
 def _run_demo(options: list[str]) -> None:
     from .scripts import demo
 
-    (args,) = demo.make_parser(prog="trl-bilevel demo").parse_args_and_config(options)
-    demo.main(args)
+    demo.main(*parse_options(demo.make_parser(prog="trl-bilevel demo"), options))
 
 
 def _run_sft(options: list[str]) -> None:
@@ -43,40 +51,36 @@ def _run_sft(options: list[str]) -> None:
 
     from .scripts import sft
 
-    *_, from_config, from_options = sft.make_parser(prog="trl-bilevel sft").parse_args_and_config(
-        options, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    *_, from_config, from_options = parse_known_options(sft.make_parser(prog="trl-bilevel sft"), options)
     launch_options = resolve_accelerate_config_argument(from_config + from_options)
     script = resources.files("trl_bilevel.scripts").joinpath("sft.py")
     script_options = _without_subsequence(options, from_options)
-    launch_command(launch_command_parser().parse_args([*launch_options, str(script), *script_options]))
+    # Quiet: the script has said what went wrong; the launcher's own traceback adds nothing
+    launch_command(launch_command_parser().parse_args(["--quiet", *launch_options, str(script), *script_options]))
 
 
 def _run_score(options: list[str]) -> None:
     from .scripts import score
 
-    parser = score.make_parser(prog="trl-bilevel score")
-    score.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+    score.main(*parse_options(score.make_parser(prog="trl-bilevel score"), _named(options, "run_dir")))
 
 
 def _run_push(options: list[str]) -> None:
     from .scripts import push
 
-    push.main(*push.make_parser(prog="trl-bilevel push").parse_args_and_config(_named(options, "run_dir", "repo_id")))
+    push.main(*parse_options(push.make_parser(prog="trl-bilevel push"), _named(options, "run_dir", "repo_id")))
 
 
 def _run_curate(options: list[str]) -> None:
     from .scripts import curate
 
-    parser = curate.make_parser(prog="trl-bilevel curate")
-    curate.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+    curate.main(*parse_options(curate.make_parser(prog="trl-bilevel curate"), _named(options, "run_dir")))
 
 
 def _run_report(options: list[str]) -> None:
     from .scripts import report
 
-    parser = report.make_parser(prog="trl-bilevel report")
-    report.main(*parser.parse_args_and_config(_named(options, "run_dir")))
+    report.main(*parse_options(report.make_parser(prog="trl-bilevel report"), _named(options, "run_dir")))
 
 
 def _named(options: list[str], *names: str) -> list[str]:
@@ -124,3 +128,13 @@ _COMMANDS = {
     "score": (_run_score, "rank rows that were never trained on with the model of a finished run"),
     "sft": (_run_sft, "fine-tune with a trusted validation dataset; options as `trl sft`"),
 }
+
+_EPILOG = """examples:
+  trl-bilevel demo
+  trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft \\
+      --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir out
+  trl-bilevel curate out --keep_ratio 0.7 --output_dir curated
+
+`trl-bilevel COMMAND --help` lists the options of a command. Errors are one line; with TRL_BILEVEL_TRACEBACK=1 in the
+environment, also where they came from.
+"""

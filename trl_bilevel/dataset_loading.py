@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 
 _BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -23,19 +24,30 @@ def load_split(name: str, config: str | None, split: str, streaming: bool = Fals
         `datasets.Dataset`, or `datasets.IterableDataset` of a stream: the split.
 
     Raises:
-        `ValueError`: for a file of another type, or a split that does not exist.
+        `ValueError`: for a file of another type or one that cannot be read, or a split that does not exist.
+        `FileNotFoundError`: if there is no such dataset.
     """
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
-        loaded = load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = load_from_disk(name)  # memory-mapped: as good as a stream
-    else:
-        loaded = load_dataset(name, name=config, streaming=streaming)
+    try:
+        loaded = _load(name, config, streaming)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} is no file or folder here and no dataset on the Hub: {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
     if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
         if split not in loaded:
             raise ValueError(f"The dataset {name} has no split {split!r}, only {sorted(loaded)}.")
         loaded = loaded[split]
     return loaded
+
+
+def _load(
+    name: str, config: str | None, streaming: bool
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(name)  # memory-mapped: as good as a stream
+    return load_dataset(name, name=config, streaming=streaming)

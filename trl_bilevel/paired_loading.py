@@ -162,7 +162,8 @@ class PairedLoading(SFTTrainer):
         return ValidationStream(num_rows, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _get_paired_sampler(self, dataset: PairedDataset) -> Sampler:
-        sampler = self._get_train_sampler(self.packed_training or self.train_dataset)
+        # As in SFTTrainer without the columns that training does not use, which may have any name, also "length"
+        sampler = self._get_train_sampler(self.packed_training or dataset.training)
         if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
             # What accelerate makes of a bare RandomSampler, so that rows come in the order of SFTTrainer
             sampler = SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed)

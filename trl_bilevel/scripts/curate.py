@@ -11,6 +11,8 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from trl_bilevel.command_line import make_command_parser
+
 
 @dataclass
 class CurateArguments:
@@ -44,4 +46,4 @@ def main(args: CurateArguments) -> None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser(CurateArguments, prog=prog)
+    return make_command_parser(CurateArguments, __doc__, prog, "RUN_DIR")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
+from trl_bilevel.command_line import make_command_parser
 from trl_bilevel.demo.comparison import Comparison
 from trl_bilevel.demo.problem import DemoArguments
 
@@ -77,9 +78,8 @@ def main(args: DemoArguments) -> Comparison:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser(DemoArguments, prog=prog)
+    return make_command_parser(DemoArguments, __doc__, prog)
 
 
 if __name__ == "__main__":
-    (demo_args,) = make_parser().parse_args_and_config()
-    main(demo_args)
+    main(*make_parser().parse_args_and_config())

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
+from trl_bilevel.command_line import make_command_parser
+
 
 @dataclass
 class PushArguments:
@@ -73,4 +75,4 @@ def _ask_license() -> str | None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser(PushArguments, prog=prog)
+    return make_command_parser(PushArguments, __doc__, prog, "RUN_DIR REPO_ID")

@@ -6,10 +6,11 @@ trl-bilevel report Qwen3-0.6B-BilevelSFT --keep_ratio 0.7 --output report.html
 ```
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from trl import TrlParser
+
+from trl_bilevel.command_line import make_command_parser
 
 
 @dataclass
@@ -39,12 +40,9 @@ class ReportArguments:
 def main(args: ReportArguments) -> None:
     from trl_bilevel.report import build_report, write_report
 
-    try:
-        write_report(build_report(args.run_dir, args.keep_ratio, args.source_column), args.output)
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"trl-bilevel report: {' '.join(str(error).split())}")  # one line
+    write_report(build_report(args.run_dir, args.keep_ratio, args.source_column), args.output)
     print(f"📄 Report saved to {args.output}.")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser(ReportArguments, prog=prog)
+    return make_command_parser(ReportArguments, __doc__, prog, "RUN_DIR")

@@ -1,4 +1,4 @@
-"""
+r"""
 `trl-bilevel score`: rank rows that were never trained on with the model of a finished run.
 
 ```bash
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, TrlParser
+
+from trl_bilevel.command_line import make_command_parser
 
 
 @dataclass
@@ -108,4 +110,4 @@ def _load_model(run_dir: str, model_args: ModelConfig, quantization_config: Any)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((ScoreArguments, ModelConfig), prog=prog)
+    return make_command_parser((ScoreArguments, ModelConfig), __doc__, prog, "RUN_DIR")

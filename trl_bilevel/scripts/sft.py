@@ -1,4 +1,4 @@
-"""
+r"""
 `trl-bilevel sft`: fine-tune on a dataset of mixed quality, guided by a small dataset you trust.
 
 ```bash
@@ -18,10 +18,12 @@ Hub, local folders or files. `--dataset_streaming` reads the training rows as a 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
 from trl_bilevel.dataset_loading import load_split
 from trl_bilevel.parquet_files import write_parquet
 
@@ -68,7 +70,7 @@ def main(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    from trl import get_dataset, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
     if script_args.validation_dataset_name is None:
         raise ValueError("`--validation_dataset_name` is missing. Name the dataset you trust.")
@@ -82,21 +84,7 @@ def main(
             "another `--output_dir`."
         )
 
-    eval_dataset = None
-    if dataset_args.datasets:
-        mixture = get_dataset(dataset_args)
-        train_dataset = mixture[script_args.dataset_train_split]
-        if training_args.eval_strategy != "no":
-            eval_dataset = mixture[script_args.dataset_test_split]
-    elif script_args.dataset_name:
-        name, config = script_args.dataset_name, script_args.dataset_config
-        train_dataset = load_split(
-            name, config, script_args.dataset_train_split, streaming=script_args.dataset_streaming
-        )
-        if training_args.eval_strategy != "no":
-            eval_dataset = load_split(name, config, script_args.dataset_test_split)
-    else:
-        raise ValueError("Either `datasets` or `--dataset_name` must be given.")
+    train_dataset, eval_dataset = _load_datasets(script_args, training_args, dataset_args)
     validation_dataset = load_split(
         script_args.validation_dataset_name,
         script_args.validation_dataset_config,
@@ -134,6 +122,30 @@ def main(
     trainer.end()
 
 
+def _load_datasets(
+    script_args: BilevelScriptArguments, training_args: BilevelSFTConfig, dataset_args: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """Training and evaluation dataset, the latter `None` without evaluation."""
+    from trl import get_dataset
+
+    eval_dataset = None
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        train_dataset = mixture[script_args.dataset_train_split]
+        if training_args.eval_strategy != "no":
+            eval_dataset = mixture[script_args.dataset_test_split]
+    elif script_args.dataset_name:
+        name, config = script_args.dataset_name, script_args.dataset_config
+        train_dataset = load_split(
+            name, config, script_args.dataset_train_split, streaming=script_args.dataset_streaming
+        )
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_split(name, config, script_args.dataset_test_split)
+    else:
+        raise ValueError("Either `datasets` or `--dataset_name` must be given.")
+    return train_dataset, eval_dataset
+
+
 def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
     """The curated dataset and the weights, into the output folder."""
     if not trainer.is_world_process_zero():
@@ -149,9 +161,13 @@ def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return make_command_parser(
+        (BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), __doc__, prog
+    )
 
 
 if __name__ == "__main__":
-    # Options of `accelerate launch` may stand in the same YAML file
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    print_in_any_locale()
+    with one_line_errors():
+        # Options of `accelerate launch` may stand in the same YAML file
+        main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
