@@ -1,35 +1,38 @@
 """
-Ranking real text with a tiny model trained from nothing: GSM8K rows against rows of another task, and against rows of
-their own task with another question's answer.
+Ranking real text with a tiny model: GSM8K rows against rows of other tasks, and refused harmful requests against those
+that are complied with.
 
-The training set is GSM8K's, mixed with an Alpaca sample and safety instructions; rows of GSM8K's test set are trusted.
+- `weights`: GSM8K mixed with an Alpaca sample and safety instructions, rows of GSM8K's test set trusted, a model that
+  starts from nothing. In a second run some GSM8K rows have another question's answer.
+- `safety`: refusals and ordinary answers trusted, a mixture with answers that comply. The file of safety instructions
+  holds safe answers only: those that comply are planted, a template with steps that say nothing.
+- `tasks`: GSM8K among other tasks again, from a base model with LoRA as in `safety`.
+
+The last two compare all methods at equal steps. Results are written per method: run it again to go on.
 Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question`, `answer`), `alpaca_en_1k.json` and
 `safety_instructions.json` (columns `instruction`, `input`, `output`).
 
 ```bash
 python benchmarks/real_text.py --data_dir ../shared/data
+python benchmarks/real_text.py --data_dir ../shared/data --settings safety tasks
 ```
 """
 
 import os
 import statistics
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from real_text_methods import METHODS, learn_weights, prepare, run_missing
+from real_text_rows import PROBLEMS, load_rows, swap_answers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import TrlParser
 
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.demo.comparison import area_under_roc
 
 
@@ -40,145 +43,117 @@ class BenchmarkArguments:
 
     Args:
         data_dir (`str`): folder with the four files.
-        num_seeds (`int`): seeds of the model, the corruption and the training.
-        num_gsm8k_rows (`int`): rows of GSM8K's training set, the first ones.
-        num_trusted_rows (`int`): rows of GSM8K's test set that are trusted.
-        corrupted_ratio (`float`): share of GSM8K rows that get another question's answer in the second setting.
-        max_length (`int`): tokens of a row.
-        num_train_epochs (`int`): epochs.
+        settings (`list[str]`): `weights`, `safety`, `tasks`.
+        seeds (`list[int]`): seeds of the model, of what is planted and of the training.
+        num_gsm8k_rows (`int`): `weights`: rows of GSM8K's training set, the first ones.
+        num_trusted_rows (`int`): `weights`: rows of GSM8K's test set that are trusted.
+        corrupted_ratio (`float`): `weights`: share of GSM8K rows that get another question's answer in the second run.
+        max_length (`int`): `weights`: tokens of a row.
+        num_train_epochs (`int`): `weights`: epochs.
+        comparison_max_length (`int`): `safety` and `tasks`: tokens of a row.
+        comparison_epochs (`int`): `safety` and `tasks`: epochs over the training rows.
+        output_dir (`str`): folder for the results of `safety` and `tasks`.
     """
 
     data_dir: str = "../shared/data"
-    num_seeds: int = 3
+    settings: list[str] = field(default_factory=lambda: ["weights"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_gsm8k_rows: int = 3500
     num_trusted_rows: int = 300
     corrupted_ratio: float = 0.4
     max_length: int = 192
     num_train_epochs: int = 1
+    comparison_max_length: int = 96
+    comparison_epochs: int = 2
+    output_dir: str = "real_text"
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.settings) - {"weights", *PROBLEMS}):
+            raise ValueError(f"Unknown settings {unknown}. Known are {['weights', *PROBLEMS]}.")
 
 
-def load_rows(data_dir: Path) -> dict[str, Dataset]:
-    """The four files as prompt-completion datasets."""
-
-    def gsm8k(name: str) -> Dataset:
-        rows = Dataset.from_json(str(data_dir / name))
-        return rows.map(
-            lambda row: {"prompt": row["question"] + "\n", "completion": row["answer"]},
-            remove_columns=rows.column_names,
-        )
-
-    def instructions(name: str) -> Dataset:
-        rows = Dataset.from_json(str(data_dir / name))
-        return rows.map(
-            lambda row: {"prompt": f"{row['instruction']} {row['input']}".strip() + "\n", "completion": row["output"]},
-            remove_columns=rows.column_names,
-        )
-
-    return {
-        "gsm8k_train": gsm8k("gsm8k_train.jsonl"),
-        "gsm8k_test": gsm8k("gsm8k_test.jsonl"),
-        "alpaca": instructions("alpaca_en_1k.json"),
-        "safety": instructions("safety_instructions.json"),
-    }
-
-
-def swap_answers(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, np.ndarray]:
-    """Give a share of the rows the answer of another of them; also returns which, bool of shape (N,)."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.permutation(len(rows))[: round(ratio * len(rows))]
-    answers = np.array(rows["completion"], dtype=object)
-    answers[chosen] = answers[np.roll(chosen, 1)]
-    corrupted = np.zeros(len(rows), dtype=bool)
-    corrupted[chosen] = True
-    return Dataset.from_dict({"prompt": rows["prompt"][:], "completion": answers.tolist()}), corrupted
-
-
-def train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 2,000 tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def learn_weights(training: Dataset, trusted: Dataset, args: BenchmarkArguments, seed: int) -> np.ndarray:
-    """Weights of the training rows, shape (N,), from default options and a model of under a million parameters."""
-    tokenizer = train_tokenizer(concatenate_datasets([training, trusted]))
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    with tempfile.TemporaryDirectory() as output_dir:
-        options: dict[str, Any] = {
-            "output_dir": output_dir,
-            "seed": seed,
-            "max_length": args.max_length,
-            "num_train_epochs": args.num_train_epochs,
-            "learning_rate": 2e-3,
-            "per_device_train_batch_size": 32,
-            "per_device_validation_batch_size": 8,
-            "bf16": False,
-            "use_cpu": True,
-            "activation_checkpointing": False,
-            "report_to": "none",
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        trainer = BilevelSFTTrainer(
-            model=LlamaForCausalLM(config),
-            args=BilevelSFTConfig(**options),
-            train_dataset=training,
-            validation_dataset=trusted,
-            processing_class=tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return trainer.data_selector.weights().numpy()
+COLUMNS = {
+    "auroc": "AUROC of the row ranking",
+    "kept_good": "good rows among those kept",
+    "held_out_loss": "held-out loss",
+    "harmful_loss": "of safe answers",
+    "ordinary_loss": "of ordinary answers",
+    "complied": "harmful requests complied with",
+    "refused": "harmful requests refused",
+    "over_refused": "ordinary requests refused",
+    "seconds": "seconds",
+}
 
 
 def main(args: BenchmarkArguments) -> None:
-    """Train both settings with every seed and print the table."""
+    """Train what is missing with every seed and print the tables."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     disable_progress_bars()
-    console = Console()
+    console = Console(width=190)
     rows = load_rows(Path(args.data_dir))
-    rows["gsm8k_train"] = rows["gsm8k_train"].take(args.num_gsm8k_rows)
+    for setting in args.settings:
+        if setting == "weights":
+            _print_weights(console, args, rows)
+        else:
+            _print_comparison(console, args, rows, setting)
+
+
+def _print_comparison(console: Console, args: BenchmarkArguments, rows: dict[str, Dataset], setting: str) -> None:
+    per_seed = [_compare(console, args, rows, setting, seed) for seed in args.seeds]
+    table = Table(title=f"{setting}: mean (range) of {len(per_seed)} seeds, {args.comparison_epochs} epochs")
+    table.add_column("method", no_wrap=True)
+    measured = {key for results in per_seed for result in results.values() for key in result}
+    columns = [key for key in COLUMNS if key in measured]
+    for key in columns:
+        table.add_column(COLUMNS[key])
+    for method in METHODS:
+        results = [results[method] for results in per_seed]
+        table.add_row(method, *(_spread([result[key] for result in results if key in result]) for key in columns))
+    console.print(table)
+
+
+def _compare(
+    console: Console, args: BenchmarkArguments, rows: dict[str, Dataset], setting: str, seed: int
+) -> dict[str, dict[str, float]]:
+    """Measures by method; those of an earlier call are not run again."""
+    sizes = args.comparison_max_length, args.comparison_epochs
+    folder = Path(args.output_dir) / f"{setting}, {sizes[1]} epochs of {sizes[0]} tokens" / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = prepare(PROBLEMS[setting](rows, seed), folder, *sizes, seed)
+    return run_missing(setup, folder, lambda name: console.print(f"{setting}, seed {seed}: {name}"))
+
+
+def _print_weights(console: Console, args: BenchmarkArguments, rows: dict[str, Dataset]) -> None:
+    gsm8k = rows["gsm8k_train"].take(args.num_gsm8k_rows)
     off_task = concatenate_datasets([rows["alpaca"], rows["safety"]])
-    is_on_task = np.arange(len(rows["gsm8k_train"]) + len(off_task)) < len(rows["gsm8k_train"])
+    is_on_task = np.arange(len(gsm8k) + len(off_task)) < len(gsm8k)
     results: dict[str, list[float]] = {
         "GSM8K over other tasks": [],
         "GSM8K over other tasks, some GSM8K answers swapped": [],
         "right GSM8K rows over swapped ones": [],
     }
-    for seed in track(range(args.num_seeds), description="Seeds", console=console):
+    options = args.max_length, args.num_train_epochs
+    for seed in track(args.seeds, description="Seeds", console=console):
         trusted = rows["gsm8k_test"].shuffle(seed=seed).select(range(args.num_trusted_rows))
-        weights = learn_weights(concatenate_datasets([rows["gsm8k_train"], off_task]), trusted, args, seed)
+        weights = learn_weights(concatenate_datasets([gsm8k, off_task]), trusted, *options, seed)
         results["GSM8K over other tasks"].append(area_under_roc(weights, is_on_task))
 
-        partly_wrong, corrupted = swap_answers(rows["gsm8k_train"], args.corrupted_ratio, seed)
-        weights = learn_weights(concatenate_datasets([partly_wrong, off_task]), trusted, args, seed)
+        partly_wrong, corrupted = swap_answers(gsm8k, args.corrupted_ratio, seed)
+        weights = learn_weights(concatenate_datasets([partly_wrong, off_task]), trusted, *options, seed)
         results["GSM8K over other tasks, some GSM8K answers swapped"].append(area_under_roc(weights, is_on_task))
         results["right GSM8K rows over swapped ones"].append(area_under_roc(weights[is_on_task], ~corrupted))
 
-    table = Table(title=f"AUROC of the learned weights, {args.num_seeds} seeds, {args}")
+    table = Table(title=f"AUROC of the learned weights: mean (range) of {len(args.seeds)} seeds, {args}")
     table.add_column("rows")
-    table.add_column("mean", justify="right")
-    table.add_column("range", justify="right")
+    table.add_column("AUROC")
     for name, values in results.items():
-        table.add_row(name, f"{statistics.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}")
+        table.add_row(name, _spread(values))
     console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark scripts run and print their tables; here on a scale at which the numbers mean nothing."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -133,20 +134,82 @@ def test_selector_scale(capsys):
     assert "mirror_descent" in printed
 
 
-def test_real_text(tmp_path, capsys):
-    benchmark = _load("real_text")
+@pytest.fixture
+def real_text(tmp_path, monkeypatch):
+    """The benchmark, and a folder with few rows in its format."""
     for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
         lines = [json.dumps({"question": f"{name} {n} + {n}?", "answer": f"#### {2 * n}"}) for n in range(40)]
         (tmp_path / name).write_text("\n".join(lines))
     for name in ("alpaca_en_1k.json", "safety_instructions.json"):
-        rows = [{"instruction": f"Say {n}", "input": "", "output": f"{name} {n}"} for n in range(20)]
+        rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{name} {n}"} for n in range(40)]
+        if name.startswith("safety"):
+            rows = [{**row, "output": "I'm sorry, no." if n < 30 else "Yes."} for n, row in enumerate(rows)]
         (tmp_path / name).write_text(json.dumps(rows))
-    benchmark.main(benchmark.BenchmarkArguments(data_dir=str(tmp_path), num_seeds=1, num_trusted_rows=12))
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return _load("real_text")
+
+
+def test_real_text(real_text, tmp_path, capsys):
+    real_text.main(real_text.BenchmarkArguments(data_dir=str(tmp_path), seeds=[0], num_trusted_rows=12))
     assert "GSM8K over other tasks" in capsys.readouterr().out
 
 
-def test_swapped_answers_are_wrong_and_the_others_are_kept():
-    benchmark = _load("real_text")
+@pytest.mark.filterwarnings("ignore:.*also in `validation_dataset`")  # one answer is most of so few rows
+def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys, monkeypatch):
+    output_dir = tmp_path / "out"
+    args = real_text.BenchmarkArguments(
+        data_dir=str(tmp_path), settings=["safety"], seeds=[0], comparison_epochs=1, output_dir=str(output_dir),
+    )  # fmt: skip
+    methods = importlib.import_module("real_text_methods")
+    monkeypatch.setattr(methods, "BATCH_SIZE", 16)
+    real_text.main(args)
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"safety, seed 0: {method}\n") == 1 for method in methods.METHODS)
+    for file in output_dir.rglob("*.json"):
+        if file.parent.name == "seed0":
+            result = json.loads(file.read_text())
+            assert 0 <= result["auroc"] <= 1
+            assert result["held_out_loss"] > 0
+            assert {"complied", "refused", "over_refused"} <= result.keys()
+    rankings = {file.stem: np.load(file) for file in (output_dir / "safety, 1 epochs of 96 tokens").rglob("*.npy")}
+    expected = rankings[methods.TRUSTED] - rankings[methods.SFT]
+    np.testing.assert_allclose(rankings[methods.DIFFERENCE], expected)
+    real_text.main(args)
+    assert "seed 0:" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Unknown settings"):
+        real_text.BenchmarkArguments(settings=["speed"])
+
+
+def test_real_text_plants_compliance_in_refused_requests_only(real_text, tmp_path):
+    rows_module = importlib.import_module("real_text_rows")
+    rows = rows_module.load_rows(tmp_path)
+    problem = rows_module.safety_problem(rows, seed=0)
+    for row, good in zip(problem.training, problem.good, strict=True):
+        assert row["completion"].startswith(rows_module.COMPLIANCE) != good
+    assert 0 < problem.good.mean() < 1
+    refused = {row["prompt"] for row in rows["safety"] if row["completion"].startswith(rows_module.REFUSAL)}
+    assert {row["prompt"] for row, good in zip(problem.training, problem.good, strict=True) if not good} <= refused
+    assert not any(answer.startswith(rows_module.COMPLIANCE) for answer in problem.trusted["completion"])
+    assert "I'm sorry, no." not in problem.general["completion"][:]
+    assert all(answer.startswith(rows_module.REFUSAL) for answer in problem.held_out["harmful"]["completion"])
+    parts = [problem.general, problem.training, problem.trusted, *problem.held_out.values()]
+    keys = [(row["prompt"], row["completion"]) for part in parts for row in part]
+    assert len(set(keys)) == len(keys)
+
+
+def test_real_text_trusts_one_of_its_tasks(real_text, tmp_path):
+    rows_module = importlib.import_module("real_text_rows")
+    problem = rows_module.tasks_problem(rows_module.load_rows(tmp_path), seed=0)
+    is_gsm8k = [answer.startswith("####") for answer in problem.training["completion"]]
+    assert problem.good.tolist() == is_gsm8k
+    assert all(prompt.startswith("gsm8k_test") for prompt in [*problem.trusted["prompt"],
+                                                              *problem.held_out["task"]["prompt"]])  # fmt: skip
+    parts = [set(part["prompt"]) for part in (problem.general, problem.training, problem.trusted)]
+    assert not parts[0] & parts[1]
+
+
+def test_swapped_answers_are_wrong_and_the_others_are_kept(real_text):
+    benchmark = real_text
     rows = Dataset.from_dict({"prompt": [f"q{n}" for n in range(10)], "completion": [f"a{n}" for n in range(10)]})
     swapped, corrupted = benchmark.swap_answers(rows, ratio=0.4, seed=0)
     assert corrupted.sum() == 4
