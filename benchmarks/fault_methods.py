@@ -93,6 +93,7 @@ STUDY_OPTIONS: dict[str, dict[str, Any]] = {
     "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
     "lambda 0.5": {"validation_weight": 0.5},
     "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "lambda 1.0, 0.7, 0.4, 0.1": {"validation_weight": 1.0, "validation_weight_decay": 0.3},
     "step 1": {"selector_learning_rate": 1.0},
     "step 10": {"selector_learning_rate": 10.0},
     "prior 0.5": {"selector_prior": 0.5},
