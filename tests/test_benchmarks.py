@@ -66,6 +66,7 @@ def test_step_cost(step_cost, capsys, tmp_path, monkeypatch):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_step_cost_in_a_process_of_its_own(step_cost, monkeypatch):
     monkeypatch.setattr(step_cost, "VOCABULARY", 2000)
     result = step_cost.in_own_process("BDS", "QLoRA, packed", _arguments(step_cost))
