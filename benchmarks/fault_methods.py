@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from alternatives import ALTERNATIVES, Context
 from datasets import Dataset, concatenate_datasets
+from fault_ablations import ABLATION_OPTIONS
 from fault_settings import SeedFiles
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -82,27 +83,6 @@ MAIN_METHODS = (
     "gradient influence (bergson)",
 )
 
-# One change at a time, to BDS without a value function and to the defaults
-STUDY_OPTIONS: dict[str, dict[str, Any]] = {
-    "loss: lambda 0.5": {**_LOSS, "validation_weight": 0.5},
-    "loss: lambda 1.0, 0.8, 0.6, 0.4": {**_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
-    "loss: step 0.3": {**_LOSS, "selector_learning_rate": 0.3},
-    "loss: step 3": {**_LOSS, "selector_learning_rate": 3.0},
-    "loss: half of each batch filtered": {**_LOSS, "filter_ratio": 0.5},
-    "loss: sigmoid weights": {**_LOSS, "selector_activation": "sigmoid"},
-    "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
-    "lambda 0.5": {"validation_weight": 0.5},
-    "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
-    "lambda 1.0, 0.7, 0.4, 0.1": {"validation_weight": 1.0, "validation_weight_decay": 0.3},
-    "step 1": {"selector_learning_rate": 1.0},
-    "step 10": {"selector_learning_rate": 10.0},
-    "prior 0.5": {"selector_prior": 0.5},
-    "prior 0.05": {"selector_prior": 0.05},
-    "softmax weights, step 1": {"selector_activation": "softmax", "selector_learning_rate": 1.0},
-    "half of each batch filtered": {"filter_ratio": 0.5},
-    "BDS, refined: lowest weight, sure answers": {**_LOWEST, "refine_min_probability": 0.95},
-}
-
 
 class _Run(NamedTuple):
     model: Any
@@ -119,7 +99,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     that is missing.
 
     Args:
-        name (`str`): of `METHODS` or `STUDY_OPTIONS`.
+        name (`str`): of `METHODS` or `ABLATION_OPTIONS`.
         args ([`DemoArguments`]): epochs and seed.
         problem ([`Problem`]): the datasets and the base model.
         files ([`SeedFiles`]): where results are.
@@ -199,6 +179,8 @@ def _run_alternative(name: str, args: DemoArguments, problem: Problem, files: Se
 
 
 def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
+    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, ROUNDS[1]: {}}[name]
+    num_trusted = min(options.get("batch_size", BATCH_SIZE), len(problem.trusted))
     trainer = fine_tune(
         BilevelSFTTrainer,
         BilevelSFTConfig,
@@ -209,8 +191,7 @@ def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFi
         validation_dataset=problem.trusted,
         data_selector=DataSelector.from_pretrained(files.first_round) if name == ROUNDS[1] else None,
         amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
-        per_device_validation_batch_size=min(BATCH_SIZE, len(problem.trusted)),
-        **{**BILEVEL_OPTIONS, **REFINED_OPTIONS, **STUDY_OPTIONS, ROUNDS[1]: {}}[name],
+        **{"per_device_validation_batch_size": num_trusted, **options},
     )
     if name == FIRST_ROUND:
         trainer.data_selector.save_pretrained(files.first_round)

@@ -6,9 +6,9 @@ python benchmarks/planted_faults.py --output_dir planted_faults
 ```
 
 Results are written as they come: run it again after an interruption, or in parallel with other `--seeds`, and it goes
-on. `--methods` names a part of them, `--study` adds one changed option at a time, `--families`, `--fault_ratios` and
-`--validation_sizes` change the problem, one axis at a time; `--all true` runs everything. With `--train false` it
-prints the tables of what is there and draws the sweeps.
+on. `--methods` names a part of them, `--ablations` changes one option at a time instead; `--families`,
+`--fault_ratios` and `--validation_sizes` change the problem, one axis at a time; `--all true` runs all problems. With
+`--train false` it prints the tables of what is there and draws the figures.
 """
 
 import os
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import disable_progress_bars
-from fault_methods import MAIN_METHODS, METHODS, STUDY_OPTIONS, run_method
+from fault_ablations import ABLATION_METHODS, ABLATION_OPTIONS, ABLATIONS, file_name, plot_ablation, print_ablation
+from fault_methods import MAIN_METHODS, METHODS, run_method
 from fault_settings import (
     FAULT_RATIO,
     FAULT_RATIOS,
@@ -47,7 +48,8 @@ class BenchmarkArguments:
         seeds (`list[int]`): seeds of data, models and training.
         methods (`list[str]`): names from `METHODS`; by default all, and away from the default fault ratio and number
             of trusted rows those of `MAIN_METHODS`.
-        study (`bool`): also run the methods of `STUDY_OPTIONS`.
+        ablations (`list[str]`): options of `ABLATIONS`, each changed by itself, and no other method; `all` for all of
+            them.
         families (`list[str]`): what the bad answers are: `mixed`, `random`, `wrong_rule`, `harmful`.
         fault_ratios (`list[float]`): shares of bad rows, each with the default number of trusted rows.
         validation_sizes (`list[int]`): numbers of trusted rows, each with the default share of bad rows.
@@ -62,7 +64,7 @@ class BenchmarkArguments:
     output_dir: str = "planted_faults"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     methods: list[str] = field(default_factory=list)
-    study: bool = False
+    ablations: list[str] = field(default_factory=list)
     families: list[str] = field(default_factory=lambda: ["mixed"])
     fault_ratios: list[float] = field(default_factory=list)
     validation_sizes: list[int] = field(default_factory=list)
@@ -74,8 +76,14 @@ class BenchmarkArguments:
     train: bool = True
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.methods) - {*METHODS, *STUDY_OPTIONS}):
+        if unknown := sorted(set(self.methods) - {*METHODS, *ABLATION_OPTIONS}):
             raise ValueError(f"Unknown methods {unknown}. Known are {list(METHODS)}.")
+        if unknown := sorted(set(self.ablations) - {*ABLATIONS, "all"}):
+            raise ValueError(f"Unknown ablations {unknown}. Known are {list(ABLATIONS)}.")
+        if self.ablations and self.methods:
+            raise ValueError("Set `ablations` or `methods`, not both.")
+        if "all" in self.ablations:
+            self.ablations = list(ABLATIONS)
         if self.all:
             self.families = list(FAMILIES)
             self.fault_ratios, self.validation_sizes = list(FAULT_RATIOS), list(VALIDATION_SIZES)
@@ -88,9 +96,11 @@ class BenchmarkArguments:
 
     def methods_of(self, setting: Setting) -> list[str]:
         """What is run in a setting."""
+        if self.ablations:
+            shown = {method for option in self.ablations for method in ABLATIONS[option].values()}
+            return [method for method in ABLATION_METHODS if method in shown]
         is_default = (setting.fault_ratio, setting.validation_size) == (FAULT_RATIO, VALIDATION_SIZE)
-        chosen = self.methods or (METHODS if is_default else MAIN_METHODS)
-        return [*chosen, *(STUDY_OPTIONS if self.study else ())]
+        return self.methods or list(METHODS if is_default else MAIN_METHODS)
 
 
 def main(args: BenchmarkArguments) -> None:
@@ -130,8 +140,9 @@ def _run_setting(console: Console, args: BenchmarkArguments, seed: int, setting:
 def _report(console: Console, args: BenchmarkArguments) -> None:
     folder = Path(args.output_dir)
     methods = args.methods or [*METHODS]
-    if args.study:
-        methods = [*methods, *STUDY_OPTIONS]
+    if args.ablations:
+        _report_ablations(console, args)
+        return
     results = {
         setting: read_results(folder, methods, args.seeds, args.num_train_epochs, setting) for setting in args.settings
     }
@@ -142,6 +153,18 @@ def _report(console: Console, args: BenchmarkArguments) -> None:
             print_sweep(console, points, methods, family, axis)
             path = folder / "figures" / f"{family}, {axis}.png"
             plot_sweep(points, methods, family, axis, path)
+            console.print(f"Figure: {path}")
+
+
+def _report_ablations(console: Console, args: BenchmarkArguments) -> None:
+    folder = Path(args.output_dir)
+    for setting in args.settings:
+        console.print(f"{setting}, {args.num_train_epochs} epochs")
+        results = read_results(folder, list(ABLATION_METHODS), args.seeds, args.num_train_epochs, setting)
+        for option in args.ablations:
+            print_ablation(console, results, option)
+            path = folder / "figures" / f"ablations{setting.suffix}" / file_name(option)
+            plot_ablation(results, option, path)
             console.print(f"Figure: {path}")
 
 

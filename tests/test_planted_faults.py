@@ -272,6 +272,52 @@ def test_sweeps_are_printed_and_drawn(tmp_path, run_tiny):
     assert {"refused", "over_refused"} <= set(_results(tmp_path / "seed3")["BMO [harmful, 20 trusted]"])
 
 
+def _options_of_a_run(method):
+    """Those that a method sets, by name."""
+    methods, ablations = _load("fault_methods"), _load("fault_ablations")
+    return {**methods.BILEVEL_OPTIONS, **methods.REFINED_OPTIONS, **ablations.ABLATION_OPTIONS}[method]
+
+
+def test_ablations_change_the_option_they_show():
+    ablations = _load("fault_ablations")
+    for title, points in ablations.ABLATIONS.items():
+        option, _, variant = title.partition(", ")
+        settings = {value: dict(_options_of_a_run(method)) for value, method in points.items()}
+        for value, options in settings.items():
+            if "batch_size" in options:  # of both levels
+                size = options.pop("batch_size")
+                options |= {"per_device_train_batch_size": size, "per_device_validation_batch_size": size}
+            if variant:
+                assert options.get("value_function") == "none" or options.get("selection_method") == "bmo" or (
+                    options == {"selector_optimizer": "adam"}  # turns the value function off by itself
+                )  # fmt: skip
+            if value.replace(".", "").isdigit() and option in options:
+                assert options[option] == float(value)
+        names = {
+            option,
+            "selection_method" if variant else "value_function",
+        }  # these are shown beside an option's values
+        others = [options for options in settings.values() if names & options.keys()]
+        assert len(others) >= len(points) - 1, title
+        assert len({str(options) for options in settings.values()}) == len(points)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ablations_are_printed_and_drawn(tmp_path, run_tiny):
+    titles = ["per_device_train_batch_size", "num_refined_responses"]
+    output = " ".join(run_tiny(ablations=titles).split())
+    names = {"batches of 16", "batches of 64", "BDS (all defaults)", "BDS, refined: lowest weight"}
+    names |= {"refined: 4 responses", "refined: 4 responses, temperature 0.5"}
+    assert set(_results(tmp_path / "seed3")) == names
+    for title in titles:
+        assert f"{title}: mean (range) over the seeds" in output
+        assert (tmp_path / "figures" / "ablations" / f"{title}.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"Unknown ablations \['magic'\]"):
+        run_tiny(ablations=["magic"])
+    with pytest.raises(ValueError, match="not both"):
+        run_tiny(ablations=["all"], methods=["BMO"])
+
+
 def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch):
     benchmark, alternatives = _load("planted_faults"), _load("alternatives")
     name = "confidence (cleanlab)"

@@ -171,6 +171,7 @@ def fine_tune(
     validation_dataset: Dataset | None = None,
     data_selector: DataSelector | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> Any:
     """
@@ -185,16 +186,17 @@ def fine_tune(
         validation_dataset (`datasets.Dataset`, *optional*): trusted rows, for the bilevel trainer.
         data_selector ([`~trl_bilevel.DataSelector`], *optional*): weights to start from, for the bilevel trainer.
         callbacks (`Sequence[TrainerCallback]`): more of them.
+        batch_size (`int`): training rows per step.
         **options: of the configuration.
 
     Returns:
         The trainer, trained.
     """
-    steps_per_epoch = -(-len(problem.faulty) // BATCH_SIZE)
+    steps_per_epoch = -(-len(problem.faulty) // batch_size)
     config = config_class(
         **_common_options(args, "fine_tuning"),
         learning_rate=3e-3,
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=batch_size,
         max_steps=args.num_train_epochs * steps_per_epoch,
         **options,
     )
