@@ -57,6 +57,18 @@ def test_constraints_pin_every_requirement_within_its_range():
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 
 
+def test_lower_bounds_are_the_oldest_versions_of_the_ranges():
+    command = [sys.executable, str(ROOT / ".ci" / "lower_bounds.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    bounds = dict(line.split("==") for line in printed)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    assert requirements.keys() - bounds.keys() == {"torch"}
+    for name, specifier in requirements.items() - {("torch", requirements["torch"])}:
+        assert {str(s) for s in specifier if s.operator == ">="} == {f">={bounds[name]}"}
+        assert specifier.contains(bounds[name])
+
+
 def test_no_file_names_a_package_registry_or_model_hub_host():
     hosts = ["pypi" + ".org", "huggingface" + ".co", "files.python" + "hosted"]
     for path in ROOT.rglob("*"):
