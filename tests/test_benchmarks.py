@@ -27,10 +27,16 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 
 @pytest.fixture
-def step_cost(monkeypatch):
-    benchmark = _load("step_cost")
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
-    return benchmark
+def step_cost_runs(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    runs = importlib.import_module("step_cost_runs")
+    monkeypatch.setitem(runs.SHAPES, "tiny", TINY)
+    return runs
+
+
+@pytest.fixture
+def step_cost(step_cost_runs):
+    return _load("step_cost")
 
 
 def _arguments(benchmark, **options):
@@ -81,8 +87,8 @@ def test_step_cost_in_a_process_of_its_own(step_cost, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_step_cost_quantizes_as_transformers_does(step_cost, tmp_path):
-    model = step_cost.build_model(_arguments(step_cost), is_quantized=True)
+def test_step_cost_quantizes_as_transformers_does(step_cost_runs, tmp_path):
+    model = step_cost_runs.build_model(_arguments(step_cost_runs), is_quantized=True)
     layer = model.model.layers[0].mlp.up_proj
     assert type(layer).__name__ == "Linear4bit"
     assert layer.weight.quant_state.nested
@@ -95,7 +101,7 @@ def test_step_cost_quantizes_as_transformers_does(step_cost, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_step_cost_trains_all_methods_on_the_same_rows(step_cost, monkeypatch):
+def test_step_cost_trains_all_methods_on_the_same_rows(step_cost_runs, monkeypatch):
     seen = {}
     for method in ("SFTTrainer", "BDS", "two forwards"):
         rows = seen[method] = []
@@ -110,7 +116,7 @@ def test_step_cost_trains_all_methods_on_the_same_rows(step_cost, monkeypatch):
         if method == "two forwards":
             monkeypatch.setattr(LlamaForCausalLM, "forward", recording)
         else:
-            trainer_class = getattr(step_cost, "SFTTrainer" if method == "SFTTrainer" else "BilevelSFTTrainer")
+            trainer_class = getattr(step_cost_runs, "SFTTrainer" if method == "SFTTrainer" else "BilevelSFTTrainer")
             original = trainer_class.get_batch_samples
 
             def recording_batches(self, *arguments, original=original, rows=rows):
@@ -119,9 +125,9 @@ def test_step_cost_trains_all_methods_on_the_same_rows(step_cost, monkeypatch):
                 return result
 
             monkeypatch.setattr(trainer_class, "get_batch_samples", recording_batches)
-        step_cost.run(method, "LoRA", _arguments(step_cost), step_cost.build_tokenizer())
+        step_cost_runs.run(method, "LoRA", _arguments(step_cost_runs), step_cost_runs.build_tokenizer())
         monkeypatch.undo()
-        monkeypatch.setitem(step_cost.SHAPES, "tiny", TINY)
+        monkeypatch.setitem(step_cost_runs.SHAPES, "tiny", TINY)
     assert len(seen["SFTTrainer"]) == 3 * 4
     steps = {method: [sorted(rows[at : at + 4]) for at in range(0, 12, 4)] for method, rows in seen.items()}
     assert steps["SFTTrainer"] == steps["BDS"] == steps["two forwards"]

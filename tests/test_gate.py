@@ -85,7 +85,11 @@ def _modules():
     return sorted(path for path in (ROOT / "trl_bilevel").rglob("*.py") if path.name != "__init__.py")
 
 
-@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def _scripts():
+    return [path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", _modules() + _scripts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_functions_stay_small(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 400
