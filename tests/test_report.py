@@ -172,6 +172,11 @@ def test_numbers_are_those_of_curate(bds_run):
     seconds = WeightHistory.load(bds_run).seconds
     assert cost["time"] == f"{seconds[-1]:.1f} s"
     assert 'source_column = "source"' in page
+    assert "use_peft = true" in page
+    assert "lora_r = " in page
+    by_rank = [str(row["sample_id"]) for row in sorted(curated.to_list(), key=lambda row: row["rank"])]
+    assert [row for row, _ in page.rows("last_kept")] == by_rank[5:10]
+    assert [row for row, _ in page.rows("first_dropped")] == by_rank[10:15]
     assert f"torch {torch.__version__.partition('+')[0]}" in page
 
 
@@ -224,7 +229,9 @@ def test_a_run_without_checkpoints_and_logs(make_trainer):
     (Path(trainer.args.output_dir) / "_trainer_state.json").unlink()
     page = Page(build_report(trainer.args.output_dir))
     _check_lists(page, trainer.curate())
-    assert "None: the run was saved once only" in page
+    assert "Not known: the run was saved once only." in page
+    assert "The weights now; a run that is saved more often" in page
+    assert "last_kept" not in page.cells
     assert "Nothing has been logged yet" in page
 
 

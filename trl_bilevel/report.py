@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .dataset_card import column
 from .dataset_checks import resolve_sources
-from .report_figures import draw_curves, draw_weight_history
+from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
 from .run_records import curate_run, find_scores, read_facts, source_ids
 from .training_log import TrainingLog, read_log
@@ -26,6 +26,7 @@ from .whole_files import write_whole
 
 
 _NUM_ROWS = 10  # of each list
+_NUM_AROUND_CUT = 5  # on either side
 _MOST_SOURCES = 50
 _MOST_REFRESHES = 10
 _LOSSES = {
@@ -87,7 +88,11 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "facts": facts,
         "trusted_ids": source_ids(facts["validation"]),
         "training_ids": source_ids(facts["training"]),
-        "options": {name: json.dumps(value) for name, value in facts["options"].items() if value is not None},
+        "options": {
+            name: json.dumps(value)
+            for name, value in {**facts["options"], **facts["model_options"]}.items()
+            if value is not None
+        },
         "log": log,
         "keep_ratio": keep_ratio,
         "counts": count_by_source(scored, num_kept, source_column),
@@ -99,7 +104,8 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "refreshes": _refreshes(log),
         **_weights(scored),
         **_figures(log, history),
-        **_rows(scored, history),
+        **_rows(scored, history, None if keep_ratio is None else num_kept),
+        "num_saved": len(history.steps),
     }
     template = resources.files("trl_bilevel").joinpath("cards/report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -193,7 +199,8 @@ def _weights(scored: Dataset) -> dict[str, Any]:
     }
 
 
-def _rows(scored: Dataset, history: WeightHistory) -> dict[str, Any]:
+def _rows(scored: Dataset, history: WeightHistory, cut: int | None) -> dict[str, Any]:
+    """The lists of rows; `cut` is the number of rows kept, `None` if there is no cut."""
     rank, refined = column(scored, "rank"), column(scored, "response_source") == "refined"
     best_first = np.argsort(rank)
     changed: list[ReportRow] = []
@@ -205,7 +212,14 @@ def _rows(scored: Dataset, history: WeightHistory) -> dict[str, Any]:
         most = np.lexsort((rank, -change))[:_NUM_ROWS]
         most = most[change[most] > 0]
         changed = report_rows(scored, most.tolist(), {row: (int(first[row]), int(last[row])) for row in most.tolist()})
+    num_kept = len(scored) if cut is None else cut
+    around = (slice(max(num_kept - _NUM_AROUND_CUT, 0), num_kept), slice(num_kept, num_kept + _NUM_AROUND_CUT))
+    last_kept, first_dropped = (
+        report_rows(scored, best_first[rows].tolist()) if num_kept < len(scored) else [] for rows in around
+    )
     return {
+        "last_kept": last_kept,
+        "first_dropped": first_dropped,
         "best": report_rows(scored, best_first[:_NUM_ROWS].tolist()),
         "worst": report_rows(scored, best_first[::-1][:_NUM_ROWS].tolist()),
         "changed": changed,
@@ -216,13 +230,18 @@ def _rows(scored: Dataset, history: WeightHistory) -> dict[str, Any]:
 
 def _figures(log: TrainingLog, history: WeightHistory) -> dict[str, str | None]:
     losses = {label: log.series(name) for name, label in _LOSSES.items() if log.series(name)[0]}
-    shares = {"lambda, weight of the trusted rows": log.series("validation_weight")}
+    shares = log.series("validation_weight")
+    panels = [("loss, log scale", losses)]
+    if len(set(shares[1])) > 1:
+        panels.append(("λ, validation_weight", {"λ": shares}))
     ratios = {label: log.series(name) for name, label in _RATIOS.items() if log.series(name)[0]}
     mean = {label: curve for label, curve in ratios.items() if label.startswith("mean")}
     others = {label: curve for label, curve in ratios.items() if label not in mean}
     return {
-        "loss_figure": draw_curves([("loss", losses), ("lambda", shares)]) if losses else None,
-        "weight_figure": draw_weight_history(history) if len(history.steps) else None,
+        "loss_figure": draw_curves(panels) if losses else None,
+        "weight_figure": draw_weights(history, log.series("selector/effective_sample_ratio"))
+        if len(history.steps)
+        else None,
         "ratio_figure": draw_curves([("mean importance ratio", mean), ("share", others)]) if ratios else None,
     }
 

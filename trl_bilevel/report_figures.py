@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -36,7 +37,11 @@ def draw_curves(panels: Sequence[tuple[str, Mapping[str, Series]]]) -> str:
             marker = "o" if len(steps) < 30 else None
             axes.plot(steps[shown], values[shown], label=name, color=color, marker=marker, markersize=3, linewidth=1.3)
         axes.set(xlabel="optimizer step", ylabel=label)
-        if all(0 <= value <= 1 for _, values in curves.values() for value in values):
+        shown_values = [value for _, values in curves.values() for value in values if np.isfinite(value)]
+        if label.startswith("loss"):
+            if shown_values and min(shown_values) > 0:  # the end, where losses are small, is what matters
+                axes.set_yscale("log")
+        elif all(0 <= value <= 1 for value in shown_values):
             axes.set_ylim(-0.03, 1.05)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(alpha=0.25)
@@ -46,37 +51,61 @@ def draw_curves(panels: Sequence[tuple[str, Mapping[str, Series]]]) -> str:
     return _data_uri(figure)
 
 
-def draw_weight_history(history: WeightHistory) -> str:
-    """Spread of the weights and effective sample ratio at every checkpoint, as a data URI."""
+def draw_weights(history: WeightHistory, ratios: Series) -> str:
+    """
+    Spread of the weights, at every checkpoint if there are several, and effective sample ratio, as a data URI.
+
+    Args:
+        history ([`~trl_bilevel.weight_history.WeightHistory`]): at least one entry.
+        ratios (`tuple`): effective sample ratios that were logged; those of the history if there are fewer.
+    """
     figure = Figure(figsize=_SIZE, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     shares = history.counts / history.counts.sum(axis=1, keepdims=True)  # (E, bins)
     used = np.flatnonzero(shares.any(axis=0))
     bins = slice(max(used[0] - 1, 0), used[-1] + 2)
     edges = BIN_EDGES[bins.start : bins.stop + 1]
-    columns = np.arange(len(history.steps) + 1) - 0.5  # one for each entry, whatever the steps between them
-    mesh = left.pcolormesh(
-        columns,
-        edges,
-        np.ma.masked_equal(shares[:, bins].T, 0),
-        norm=LogNorm(vmin=1 / history.counts[0].sum(), vmax=1),
-        cmap="Blues",
-        rasterized=True,
-    )
-    left.set(xlabel="checkpoint at optimizer step", ylabel="weight of a row (mean 1)")
-    left.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    left.yaxis.set_major_formatter(lambda logarithm, _: f"{10**logarithm:.2g}")
-    ticks = np.unique(np.linspace(0, len(history.steps) - 1, 6).round().astype(int))
-    left.set_xticks(ticks, [f"{history.steps[tick]:,}" for tick in ticks])
-    left.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    figure.colorbar(mesh, ax=left, label="share of the rows")
-    marker = "o" if len(history.steps) < 30 else None
-    right.plot(history.steps, history.effective_sample_ratios, color=_COLORS[0], marker=marker, markersize=3)
+    if len(history.steps) == 1:
+        left.stairs(shares[0, bins], edges, fill=True, color=_COLORS[0])
+        left.set(xlabel="weight of a row (mean 1)", ylabel="share of the rows")
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        left.xaxis.set_major_formatter(_weight_label)
+        left.axvline(0, color="black", linewidth=0.8, linestyle="--")
+        left.spines[["top", "right"]].set_visible(False)
+    else:
+        _draw_spread(figure, left, history, shares[:, bins], edges)
+    steps, values = ratios if len(ratios[0]) > len(history.steps) else (history.steps, history.effective_sample_ratios)
+    right.plot(steps, values, color=_COLORS[0], marker="o" if len(steps) < 30 else None, markersize=3)
     right.set(xlabel="optimizer step", ylabel="effective sample ratio", ylim=(0, 1.05))
     right.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     right.grid(alpha=0.25)
     right.spines[["top", "right"]].set_visible(False)
     return _data_uri(figure)
+
+
+def _draw_spread(figure: Figure, axes: Axes, history: WeightHistory, shares: np.ndarray, edges: np.ndarray) -> None:
+    columns = np.arange(len(history.steps) + 1) - 0.5  # one for each entry, whatever the steps between them
+    mesh = axes.pcolormesh(
+        columns,
+        edges,
+        np.ma.masked_equal(shares.T, 0),
+        norm=LogNorm(vmin=1 / history.counts[0].sum(), vmax=1),
+        cmap="Blues",
+        rasterized=True,
+    )
+    axes.set(xlabel="checkpoint at optimizer step", ylabel="weight of a row (mean 1)")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_formatter(_weight_label)
+    ticks = np.unique(np.linspace(0, len(history.steps) - 1, 6).round().astype(int))
+    axes.set_xticks(ticks, [f"{history.steps[tick]:,}" for tick in ticks])
+    axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    figure.colorbar(mesh, ax=axes, label="share of the rows")
+
+
+def _weight_label(logarithm: float, _: float) -> str:
+    """The outermost bins hold what is beyond them."""
+    below = "≤" if logarithm <= BIN_EDGES[0] else "≥" if logarithm >= BIN_EDGES[-1] else ""
+    return f"{below}{10**logarithm:.2g}"
 
 
 def _data_uri(figure: Figure) -> str:
