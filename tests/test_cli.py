@@ -194,3 +194,5 @@ def test_local_folders_and_files_load(files, tmp_path):
     (tmp_path / "rows.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"rows.txt is not a dataset file. Use one that ends with .csv, .json"):
         load_split(str(tmp_path / "rows.txt"), None, "train")
+    with pytest.raises(FileNotFoundError, match=r"row\.csv is no file here\. Did you mean .*rows\.csv\?"):
+        load_split(str(tmp_path / "row.csv"), None, "train")

@@ -120,7 +120,7 @@ def test_exit_code_of_wrong_usage(options, capsys):
         (["curate", "--config", "{new}.yaml"], "No such file or directory: '{new}.yaml'"),
         (["report", "{run}", "--source_column", "origin"], "`source_column='origin'` is not a column"),
         (["push", "{run}", "not a repository"], "not a repository"),
-        (["score", "{run}", "--output_dir", "{new}", "--dataset_name", "{new}.jsonl"], "is no file or folder here"),
+        (["score", "{run}", "--output_dir", "{new}", "--dataset_name", "{new}.jsonl"], "{new}.jsonl is no file here."),
         (
             ["score", "{run}", "--output_dir", "{new}", "--dataset_name", "{run}/model.safetensors"],
             "is not a dataset file",
@@ -241,7 +241,7 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
     ("options", "message"),
     [
         ([], "error: `--validation_dataset_name` is missing. Name the dataset you trust."),
-        (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file or folder here"),
+        (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file here."),
     ],
 )
 def test_error_of_a_launched_run_is_one_line(run_dir, tmp_path, options, message):

@@ -1,5 +1,6 @@
 """Datasets named on the command line: on the Hub, in a local folder, or in a file."""
 
+import difflib
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -29,8 +30,6 @@ def load_split(name: str, config: str | None, split: str, streaming: bool = Fals
     """
     try:
         loaded = _load(name, config, streaming)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is no file or folder here and no dataset on the Hub: {error}") from error
     except DatasetGenerationError as error:
         raise ValueError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
     if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
@@ -48,6 +47,13 @@ def _load(
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
         return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if path.suffix in _BUILDERS and not path.exists():  # no name on the Hub: not worth a connection, and its retries
+        similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
+        meant = f" Did you mean {path.parent / similar[0]}?" if similar else ""
+        raise FileNotFoundError(f"{name} is no file here.{meant}")
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(name)  # memory-mapped: as good as a stream
-    return load_dataset(name, name=config, streaming=streaming)
+    try:
+        return load_dataset(name, name=config, streaming=streaming)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} is no file or folder here and no dataset on the Hub: {error}") from error
