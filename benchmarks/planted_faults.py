@@ -20,6 +20,7 @@ import transformers
 from datasets import disable_progress_bars
 from fault_ablations import ABLATION_METHODS, ABLATION_OPTIONS, ABLATIONS, file_name, plot_ablation, print_ablation
 from fault_methods import MAIN_METHODS, METHODS, run_method
+from fault_results import collect, restore
 from fault_settings import (
     FAULT_RATIO,
     FAULT_RATIOS,
@@ -59,6 +60,8 @@ class BenchmarkArguments:
         num_held_out_rows (`int`): rows that the exact match is measured on.
         num_base_steps (`int`): optimizer steps of the base model.
         train (`bool`): run what is missing; otherwise only print the tables.
+        results (`str`, *optional*): JSON file that results are also kept in: those that `output_dir` lacks are taken
+            from it, new ones are added at the end.
     """
 
     output_dir: str = "planted_faults"
@@ -74,6 +77,7 @@ class BenchmarkArguments:
     num_held_out_rows: int = 500
     num_base_steps: int = 800
     train: bool = True
+    results: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.methods) - {*METHODS, *ABLATION_OPTIONS}):
@@ -109,9 +113,13 @@ def main(args: BenchmarkArguments) -> None:
     disable_progress_bars()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     console = Console(width=190)
+    if args.results is not None and Path(args.results).is_file():
+        restore(Path(args.results), Path(args.output_dir))
     for seed in args.seeds if args.train else ():
         for setting in args.settings:
             _run_setting(console, args, seed, setting)
+    if args.results is not None:
+        collect(Path(args.output_dir), Path(args.results))
     _report(console, args)
 
 

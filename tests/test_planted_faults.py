@@ -318,6 +318,25 @@ def test_ablations_are_printed_and_drawn(tmp_path, run_tiny):
         run_tiny(ablations=["all"], methods=["BMO"])
 
 
+def test_results_are_kept_in_one_file(tmp_path):
+    results = _load("fault_results")
+    ours, theirs, file = tmp_path / "ours", tmp_path / "theirs", tmp_path / "data" / "results.json"
+    for folder, name, value in ((ours, "BMO", 0.5), (theirs, "SFT [harmful]", 0.25), (theirs, "BMO", 0.75)):
+        (folder / "seed1").mkdir(parents=True, exist_ok=True)
+        (folder / "seed1" / f"4 epochs, {name}.json").write_text(json.dumps({"auroc": value}))
+    (ours / "seed1" / "trainer").mkdir()
+    (ours / "seed1" / "trainer" / "config.json").write_text("{}")
+    assert results.collect(ours, file) == 1
+    assert results.restore(file, theirs) == 0  # has one of its own
+    assert results.collect(theirs, file) == 2
+    assert results.restore(file, tmp_path / "new") == 2
+    restored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new" / "seed1").iterdir()}
+    assert restored == {"4 epochs, BMO.json": {"auroc": 0.75}, "4 epochs, SFT [harmful].json": {"auroc": 0.25}}
+    file.write_text(json.dumps({"seed1/../../4 epochs, BMO.json": {}}))
+    with pytest.raises(ValueError, match="not one of this benchmark"):
+        results.restore(file, tmp_path / "new")
+
+
 def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch):
     benchmark, alternatives = _load("planted_faults"), _load("alternatives")
     name = "confidence (cleanlab)"
