@@ -18,7 +18,8 @@ from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
-from .run_records import save_scores, save_training_rows
+from .row_scores import save_scores
+from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
@@ -124,8 +125,9 @@ class Checkpointing(SFTTrainer):
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
         self._weight_history.record(self.state.global_step, self.data_selector)
         self._weight_history.save(directory)
+        save_facts(directory, self._run_facts)
         # Last: what has scores is complete
-        save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
+        save_scores(directory, self.data_selector, self._rows_fingerprint, self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

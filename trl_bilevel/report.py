@@ -19,7 +19,8 @@ from .dataset_card import column
 from .dataset_checks import resolve_sources
 from .report_figures import draw_curves, draw_weight_history
 from .report_rows import ReportRow, plain_text, report_rows
-from .run_records import curate_run, find_scores, read_facts, source_ids
+from .row_scores import find_scores
+from .run_records import curate_run, read_facts, source_ids
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
 from .whole_files import write_whole

@@ -9,7 +9,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 FILE_NAME = f"_{TRAINER_STATE_NAME}"
@@ -55,10 +55,6 @@ def read_log(directory: str | os.PathLike) -> TrainingLog | None:
 
 
 def _read(path: Path) -> TrainingLog:
-    try:
+    with damage_explained(path, "Delete its folder, or give an earlier checkpoint."):
         state = json.loads(path.read_text())
         return TrainingLog(state["global_step"], state["max_steps"], state["epoch"] or 0.0, state["log_history"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged and cannot be read ({error}). Delete its folder, or give an earlier checkpoint."
-        ) from error

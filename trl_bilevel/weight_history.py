@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .data_selector import DataSelector
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 FILE_NAME = "_weight_history.safetensors"
@@ -95,14 +94,10 @@ class WeightHistory:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             return history
-        try:
+        with damage_explained(path, "Delete it: all but its entries is elsewhere."):
             tensors = load_file(path)
             for name in (*_ENTRY_FIELDS, "first_logits"):
                 setattr(history, name, tensors[name])
             history.first_step = int(tensors["first_step"][0])
             history._seconds_before = float(history.seconds[-1])
-        except (SafetensorError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged and cannot be read ({error}). Delete it: all but its entries is elsewhere."
-            ) from error
         return history
