@@ -149,6 +149,11 @@ def find_checkpoint(output_dir: str | os.PathLike, skip_damaged: bool) -> Path |
     return None
 
 
+def is_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a folder has the name of one of Trainer's checkpoints."""
+    return bool(_FOLDER_NAME.fullmatch(Path(directory).name))
+
+
 def _describe(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     return {"bytes": size, "crc32": _checksum(path) if size <= _CHECKSUM_UP_TO else None}

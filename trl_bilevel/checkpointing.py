@@ -13,7 +13,14 @@ from trl import SFTTrainer
 
 from .amortized_selector import AmortizedSelector
 from .bilevel_sft_config import BilevelSFTConfig
-from .checkpoint_files import LAST_INTACT, check_checkpoint, find_checkpoint, remove_manifest, write_manifest
+from .checkpoint_files import (
+    LAST_INTACT,
+    check_checkpoint,
+    find_checkpoint,
+    is_checkpoint,
+    remove_manifest,
+    write_manifest,
+)
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
@@ -107,8 +114,6 @@ class Checkpointing(SFTTrainer):
                 if part is not None:
                     part.save(directory)
             self._save_records(directory)
-            if not _internal_call:  # a checkpoint has its own
-                save_log(directory, self.state)
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
@@ -126,6 +131,8 @@ class Checkpointing(SFTTrainer):
         self._weight_history.record(self.state.global_step, self.data_selector)
         self._weight_history.save(directory)
         save_facts(directory, self._run_facts)
+        if not is_checkpoint(directory):  # which has Trainer's own
+            save_log(directory, self.state)
         # Last: what has scores is complete
         save_scores(directory, self.data_selector, self._rows_fingerprint, self.state.global_step)
 

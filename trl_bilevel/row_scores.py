@@ -1,18 +1,24 @@
 """The scores of a run's rows on disk, and which of those in a folder are the newest."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoint_files import is_checkpoint
 from .data_selector import DataSelector
 from .whole_files import damage_explained, write_whole
 
 
 SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client takes no `.parquet` in a model repository's checkpoint
 _COLUMNS = ("sample_id", "logit", "weight", "scored", "judged")
+# How many scores had been written into the run's folder by then, of whatever run: a clock may be set back, and copies
+# have times of their own
+_WRITE_NUMBER = "write_number"
 _CURE = "Delete it, and an earlier checkpoint is taken, or give another one."
 
 
@@ -34,7 +40,13 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprin
             "scored": selector.scored.numpy(),
             "judged": selector.judged.numpy(),
         }
-    ).replace_schema_metadata({"rows_fingerprint": fingerprint, "step": str(step)})
+    ).replace_schema_metadata(
+        {
+            "rows_fingerprint": fingerprint,
+            "step": str(step),
+            _WRITE_NUMBER: str(_last_write_number(Path(directory)) + 1),
+        }
+    )
     write_whole(Path(directory) / SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
 
 
@@ -53,22 +65,49 @@ def read_scores(directory: str | os.PathLike) -> tuple[pa.Table, str]:
 
 def find_scores(run_dir: str | os.PathLike) -> Path:
     """
-    The folder with the newest scores of a run: its own, or, if it was interrupted, its last complete checkpoint.
+    The folder with the scores that were written last: that of the run, or, if it was interrupted, a checkpoint.
+
+    So they are of the newest run in the folder, however far earlier ones came, and of the newest part of a run that
+    went back to a checkpoint.
 
     Raises:
         `FileNotFoundError`: if there is none.
         `ValueError`: if a file is damaged.
     """
     directory = Path(run_dir)
-    steps: dict[Path, int] = {}
-    for folder in (directory, *directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        path = folder / SCORES_FILE_NAME
-        if path.is_file():
-            with damage_explained(path, _CURE):
-                steps[folder] = int(pyarrow.parquet.read_schema(path).metadata[b"step"])
-    if steps:
-        return max(steps, key=lambda folder: (steps[folder], folder == directory))
+    written = {folder: _read_written(folder) for folder in _scored_folders(directory)}
+    if written:
+        return max(written, key=lambda folder: (written[folder], folder == directory))
     raise FileNotFoundError(
         f"{directory} holds no scores of rows. Give the output folder, or a checkpoint, of a run with "
         "BilevelSFTTrainer that has come to its first checkpoint."
     )
+
+
+class _Written(NamedTuple):
+    """When scores were written; the later, the larger."""
+
+    number: int
+    """0 in files without one, of which only the step tells."""
+    step: int
+
+
+def _read_written(folder: Path) -> _Written:
+    path = folder / SCORES_FILE_NAME
+    with damage_explained(path, _CURE):
+        metadata = pyarrow.parquet.read_schema(path).metadata
+        return _Written(int(metadata.get(_WRITE_NUMBER.encode(), 0)), int(metadata[b"step"]))
+
+
+def _last_write_number(directory: Path) -> int:
+    """Of the scores in the folder of the run that `directory` is, or is a checkpoint of."""
+    last = 0
+    for folder in _scored_folders(directory.parent if is_checkpoint(directory) else directory):
+        with suppress(OSError, ValueError):  # one that is damaged must not keep others from being written
+            last = max(last, _read_written(folder).number)
+    return last
+
+
+def _scored_folders(run_dir: Path) -> list[Path]:
+    folders = [run_dir, *run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return [folder for folder in folders if (folder / SCORES_FILE_NAME).is_file()]
