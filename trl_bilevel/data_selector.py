@@ -396,4 +396,5 @@ class DataSelector:
 
     def _normalize(self, mass: torch.Tensor) -> torch.Tensor:
         # w_i = N * mass_i / sum(mass)
-        return (mass * (self.num_rows / self._sums.total)).float()
+        total = self._sums.total or 1.0  # 0 for a stream of which no row was seen: there is no weight to scale
+        return (mass * (self.num_rows / total)).float()

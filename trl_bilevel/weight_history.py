@@ -50,7 +50,9 @@ class WeightHistory:
         self._seconds_before = 0.0  # in processes that were interrupted
 
     def record(self, step: int, selector: DataSelector) -> None:
-        """Add an entry, in place of those of the same step and later ones."""
+        """Add an entry, in place of those of the same step and later ones; none while the selector knows no row."""
+        if selector.num_rows == 0:
+            return
         weights = selector.weights().double().numpy()  # (N,)
         with np.errstate(divide="ignore"):  # a weight may underflow to 0
             logarithms = np.log10(weights)
@@ -99,5 +101,5 @@ class WeightHistory:
             for name in (*_ENTRY_FIELDS, "first_logits"):
                 setattr(history, name, tensors[name])
             history.first_step = int(tensors["first_step"][0])
-            history._seconds_before = float(history.seconds[-1])
+            history._seconds_before = float(history.seconds[-1]) if len(history.seconds) else 0.0
         return history
