@@ -30,6 +30,7 @@ from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
+from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction
 from .weight_history import WeightHistory
 from .whole_files import disk_full_explained
@@ -44,6 +45,7 @@ class Checkpointing(SFTTrainer):
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
     response_store: ResponseStore
+    _training_metrics: TrainingMetrics
     _weight_history: WeightHistory
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
@@ -57,6 +59,7 @@ class Checkpointing(SFTTrainer):
     # ---- Writing ----
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in Trainer; older checkpoints are deleted once the new one is known to be whole, and no earlier."""
+        self._total_train_tokens += self._training_metrics.pop_input_tokens(self.accelerator.gather)
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -128,7 +131,7 @@ class Checkpointing(SFTTrainer):
             self._run_facts["training"]["num_rows"] = self.data_selector.num_rows
         elif self.args.save_training_rows:
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
-        self._weight_history.record(self.state.global_step, self.data_selector)
+        self._weight_history.record(self.state.global_step, self.data_selector, self._total_train_tokens)
         self._weight_history.save(directory)
         save_facts(directory, self._run_facts)
         if not is_checkpoint(directory):  # which has Trainer's own
@@ -197,6 +200,7 @@ class Checkpointing(SFTTrainer):
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             self._weight_history = WeightHistory.load(checkpoint)
+            self._total_train_tokens = self._weight_history.last_num_tokens
             if self.refiner is not None:
                 self._load_responses(checkpoint)
             elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():

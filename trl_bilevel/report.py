@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .dataset_card import column
 from .dataset_checks import resolve_sources
+from .model_card import validation_loss_unit
 from .report_figures import draw_curves, draw_weight_history
 from .report_rows import ReportRow, plain_text, report_rows
 from .row_scores import find_scores
@@ -88,6 +89,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "facts": facts,
         "trusted_ids": source_ids(facts["validation"]),
         "training_ids": source_ids(facts["training"]),
+        "unit": validation_loss_unit(facts),
         "options": {name: json.dumps(value) for name, value in facts["options"].items() if value is not None},
         "log": log,
         "keep_ratio": keep_ratio,
@@ -229,16 +231,13 @@ def _figures(log: TrainingLog, history: WeightHistory) -> dict[str, str | None]:
 
 
 def _costs(log: TrainingLog, history: WeightHistory) -> dict[str, str]:
-    tokens = log.last("num_tokens")
     costs = {"optimizer steps": f"{log.global_step:,} of {log.max_steps:,}", "epochs": f"{log.epoch:.2f}"}
-    if tokens is not None:
-        costs["tokens read by the model"] = f"{tokens:,.0f}"
     if len(history.seconds):
-        seconds = float(history.seconds[-1])
+        seconds, tokens = float(history.seconds[-1]), history.last_num_tokens
+        costs["tokens read by the model"] = f"{tokens:,}"
         costs["time"] = duration(seconds)
         if history.steps[-1] > 0:
             costs["time per optimizer step"] = f"{seconds / history.steps[-1]:.3g} s"
-        if tokens is not None and log.global_step == history.steps[-1]:
             costs["tokens per second"] = f"{tokens / seconds:,.0f}"
     return costs
 

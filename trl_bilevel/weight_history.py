@@ -18,7 +18,7 @@ from .whole_files import damage_explained, write_whole
 FILE_NAME = "_weight_history.safetensors"
 BIN_EDGES = np.linspace(-5, 2, 57)
 """Edges of the histograms, in logarithms to base 10 of weights (mean 1); what is beyond is in the outermost bins."""
-_ENTRY_FIELDS = ("steps", "seconds", "effective_sample_ratios", "counts")
+_ENTRY_FIELDS = ("steps", "seconds", "num_tokens", "effective_sample_ratios", "counts")
 _MOST_ENTRIES = 200
 
 
@@ -32,6 +32,7 @@ class WeightHistory:
     Attributes:
         steps (`numpy.ndarray`): optimizer steps of the entries, int64, shape (E,), increasing.
         seconds (`numpy.ndarray`): spent in training until then, without what an interruption lost, shape (E,).
+        num_tokens (`numpy.ndarray`): that the model read in training until then, likewise, int64, shape (E,).
         effective_sample_ratios (`numpy.ndarray`): (sum w)^2 / (N sum w^2) of the weights, in (0, 1], shape (E,).
         counts (`numpy.ndarray`): rows in each bin of `BIN_EDGES`, int64, shape (E, 56).
         first_logits (`numpy.ndarray`): of all rows at the first entry, NaN for those that were not scored by then,
@@ -42,6 +43,7 @@ class WeightHistory:
     def __init__(self) -> None:
         self.steps = np.empty(0, dtype=np.int64)
         self.seconds = np.empty(0)
+        self.num_tokens = np.empty(0, dtype=np.int64)
         self.effective_sample_ratios = np.empty(0)
         self.counts = np.empty((0, len(BIN_EDGES) - 1), dtype=np.int64)
         self.first_logits = np.empty(0, dtype=np.float32)
@@ -49,7 +51,12 @@ class WeightHistory:
         self._started = time.monotonic()
         self._seconds_before = 0.0  # in processes that were interrupted
 
-    def record(self, step: int, selector: DataSelector) -> None:
+    @property
+    def last_num_tokens(self) -> int:
+        """Tokens read until the last entry."""
+        return int(self.num_tokens[-1]) if len(self.num_tokens) else 0
+
+    def record(self, step: int, selector: DataSelector, num_tokens: int) -> None:
         """Add an entry, in place of those of the same step and later ones; none while the selector knows no row."""
         if selector.num_rows == 0:
             return
@@ -59,6 +66,7 @@ class WeightHistory:
         entry = {
             "steps": step,
             "seconds": self._seconds_before + time.monotonic() - self._started,
+            "num_tokens": num_tokens,
             "effective_sample_ratios": weights.sum() ** 2 / (len(weights) * np.square(weights).sum()),
             "counts": np.histogram(logarithms.clip(BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0],
         }
