@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import Environment, StrictUndefined
 
+from .curation import check_keep_ratio, count_kept
 from .dataset_card import column
 from .dataset_checks import resolve_sources
 from .model_card import validation_loss_unit
@@ -75,15 +76,13 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
         `TypeError` or `ValueError`: for options out of range, or files that are damaged or do not belong together.
     """
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
+    check_keep_ratio(keep_ratio)
     directory = find_scores(run_dir)
     scored = curate_run(directory)
     facts = read_facts(directory)
     log = read_log(directory) or TrainingLog(0, 0, 0.0, [])
     history = WeightHistory.load(directory)
     source_column = source_column or facts["options"].get("source_column")
-    num_kept = len(scored) if keep_ratio is None else max(1, round(keep_ratio * len(scored)))
     values = {
         "name": plain_text(Path(os.path.abspath(run_dir)).name)[0],
         "facts": facts,
@@ -93,7 +92,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "options": {name: json.dumps(value) for name, value in facts["options"].items() if value is not None},
         "log": log,
         "keep_ratio": keep_ratio,
-        "counts": count_by_source(scored, num_kept, source_column),
+        "counts": count_by_source(scored, count_kept(len(scored), keep_ratio), source_column),
         "source_column": source_column,
         "most_sources": _MOST_SOURCES,
         "costs": _costs(log, history),
