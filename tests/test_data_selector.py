@@ -123,7 +123,7 @@ def test_running_statistics_stay_exact(activation, with_sources):
         assert found.weight_max == pytest.approx(num_rows * share.max().item(), rel=1e-6)
 
 
-def test_statistics_of_an_older_checkpoint_are_summed_anew(tmp_path):
+def test_statistics_that_a_checkpoint_lacks_are_summed_anew(tmp_path):
     selector = _trained("mirror_descent", 7)
     selector.save(tmp_path, "rows")  # without moments: nobody has asked for statistics
     restored = DataSelector(12, learning_rate=0.4)

@@ -307,7 +307,7 @@ class DataSelector:
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
-        self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))
+        self._restarted.copy_(tensors["restarted"])
         self._sums.restore(tensors)
         if self._adam is not None:
             self._adam.state[self._unit_logits] = {
