@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from trl_bilevel import DataSelector
 from trl_bilevel.checkpoint_files import (
@@ -89,33 +87,6 @@ def test_leftovers_of_a_killed_writer_are_no_part_of_a_checkpoint(tmp_path):
     for path in leftovers:
         path.unlink()
     check_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("version", ["1", "2"])
-def test_checkpoints_of_older_versions(tmp_path, version):
-    """They have no list of files, and the first no prior and no restarts."""
-    checkpoint = tmp_path / "checkpoint-7"
-    checkpoint.mkdir()
-    identity = {"num_rows": 2, "rows_fingerprint": "rows", "activation": "softmax", "optimizer": "mirror_descent"}
-    tensors = {
-        "logits": torch.tensor([0.0, 1.0]),
-        "scored": torch.tensor([False, True]),
-        "normalizer": torch.tensor([1.0, 1 + torch.tensor(-1.0).exp(), 1.5], dtype=torch.float64),
-    }
-    if version == "2":
-        identity["prior"] = 0.5
-        tensors["restarted"] = torch.tensor([False, False])
-    metadata = {"format": "pt", "selector": json.dumps({"format_version": version, **identity})}
-    save_file(tensors, checkpoint / SELECTOR_FILE_NAME, metadata=metadata)
-    assert find_problem(checkpoint)[0] == "torn"  # Trainer's state comes last
-    (checkpoint / "trainer_state.json").write_text("{}")
-    check_checkpoint(checkpoint)
-    selector = DataSelector(num_rows=2)
-    selector.load(checkpoint, "rows")
-    torch.testing.assert_close(selector.weights(), 2 * torch.tensor([0.0, 1.0]).softmax(0))
-    assert selector.scored.tolist() == [False, True]
-    with pytest.raises(ValueError, match="written for another run: rows_fingerprint 'rows'"):
-        selector.load(checkpoint, "others")
 
 
 def test_checkpoint_of_another_trainer_is_left_to_the_selector_to_refuse(tmp_path):

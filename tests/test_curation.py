@@ -5,7 +5,10 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from trl_bilevel.curation import curate_dataset
+from trl_bilevel.curation import count_kept, curate_dataset
+from trl_bilevel.hub import load_curated_dataset, publish_curated_dataset
+from trl_bilevel.report import build_report
+from trl_bilevel.scripts.sft import BilevelScriptArguments
 
 
 ROWS = Dataset.from_dict({"text": ["a", "b", "c", "d", "e"], "extra": [[1], [], [2, 3], [4], None]})
@@ -60,3 +63,20 @@ def test_transform_of_the_source_is_not_baked_in():
 def test_equal_scores_keep_the_order_of_the_rows():
     curated = curate_dataset(ROWS, IDS, np.ones(5), np.zeros(5), np.ones(5, dtype=bool))
     assert curated["rank"] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda ratio: count_kept(5, ratio),
+        lambda ratio: curate_dataset(ROWS, IDS, WEIGHTS, SCORES, SCORED, ratio),
+        lambda ratio: publish_curated_dataset(ROWS, {}, "me/rows", ratio),
+        lambda ratio: load_curated_dataset("me/rows", keep_ratio=ratio),
+        lambda ratio: build_report("nowhere", ratio),
+        lambda ratio: BilevelScriptArguments(keep_ratio=ratio),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.01, float("nan")])
+def test_one_rule_of_what_a_share_may_be(cut, ratio):
+    with pytest.raises(ValueError, match=rf"larger than 0 and at most 1, got {ratio}\. Leave it out for all rows"):
+        cut(ratio)

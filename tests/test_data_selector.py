@@ -123,7 +123,7 @@ def test_running_statistics_stay_exact(activation, with_sources):
         assert found.weight_max == pytest.approx(num_rows * share.max().item(), rel=1e-6)
 
 
-def test_statistics_of_an_older_checkpoint_are_summed_anew(tmp_path):
+def test_statistics_that_a_checkpoint_lacks_are_summed_anew(tmp_path):
     selector = _trained("mirror_descent", 7)
     selector.save(tmp_path, "rows")  # without moments: nobody has asked for statistics
     restored = DataSelector(12, learning_rate=0.4)
@@ -220,3 +220,25 @@ def test_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         DataSelector(**options)
+
+
+@pytest.mark.parametrize("sources", [None, torch.tensor([0, 1, 1, 0])])
+@pytest.mark.parametrize("row", [-1, 4])
+def test_positions_that_are_no_rows_are_refused(sources, row):
+    selector = DataSelector(4, sources=sources)
+    rows = torch.tensor([0, row])
+    for call in (selector.weights_of, lambda rows: selector.update(rows, torch.tensor([1.0, 2.0]))):
+        with pytest.raises(IndexError, match=f"numbered from 0 to 3, got {row}"):
+            call(rows)
+    if sources is None:
+        for call in (selector.restart, lambda rows: selector.assign(rows, torch.zeros(2))):
+            with pytest.raises(IndexError, match=f"numbered from 0 to 3, got {row}"):
+                call(rows)
+    assert selector.weights().tolist() == [1] * 4
+    assert not selector.scored.any()
+
+
+@pytest.mark.parametrize("sources", [[0, 2, 2], [1, 1, 2], [-1, 0, 1], [0, 0, 10**15]])
+def test_sources_with_gaps_are_refused(sources):
+    with pytest.raises(ValueError, match=rf"without gaps, got \d of them in {min(sources)} to {max(sources)}"):
+        DataSelector(3, sources=torch.tensor(sources))

@@ -180,6 +180,49 @@ def test_numbers_are_those_of_curate(bds_run):
     assert f"torch {torch.__version__.partition('+')[0]}" in page
 
 
+def test_costs_of_a_resumed_run_are_those_of_all_its_parts(make_trainer, tmp_path):
+    """Also of what was logged neither before the checkpoint nor after it."""
+    options = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    unbroken = make_trainer(**options)
+    unbroken.train()
+    unbroken.save_model()
+    resumed = make_trainer(**options, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(Path(unbroken.args.output_dir) / "checkpoint-3"))
+    resumed.save_model()
+    logs = [trainer.state.log_history for trainer in (unbroken, resumed)]
+    tokens = [[entry["num_tokens"] for entry in log if "num_tokens" in entry] for log in logs]
+    assert tokens[0] == tokens[1]
+    batches = list(unbroken.get_train_dataloader())
+    assert tokens[0][-1] == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for folder in (unbroken.args.output_dir, resumed.args.output_dir):
+        costs = dict(cells for _, cells in Page(build_report(folder)).rows("cost"))
+        history = WeightHistory.load(folder)
+        assert costs["tokens read by the model"] == f"{tokens[0][-1]:,.0f}"
+        assert costs["tokens per second"] == f"{tokens[0][-1] / history.seconds[-1]:,.0f}"
+        assert history.num_tokens[-1] == tokens[0][-1] > history.num_tokens[0] > tokens[0][0]
+    resumed.train()  # from the start
+    assert [entry["num_tokens"] for entry in resumed.state.log_history if "num_tokens" in entry] == tokens[0]
+
+
+@pytest.mark.parametrize("kind", ["nll", "dpo"])
+def test_losses_have_their_units(make_trainer, kind):
+    pairs = prompt_completion_rows(6, offset=1000).to_list()
+    pairs = Dataset.from_list([{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in pairs])
+    trainer = make_trainer(
+        max_steps=1, validation_loss_type=kind, **({"validation_dataset": pairs} if kind == "dpo" else {})
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    page = Page(build_report(trainer.args.output_dir))
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    unit = "nats per pair" if kind == "dpo" else "nats per token"
+    assert f"loss on the trusted rows, {unit}" in card
+    assert "loss on the training rows, nats per token" in card
+    assert "In nats per completion token" in page
+    assert ("that of the trusted rows in nats per pair" in page) == (kind == "dpo")
+
+
 def test_refined_answers_are_beside_the_originals(bmo_run):
     page = Page(build_report(bmo_run))
     curated = curate_run(bmo_run)
@@ -271,15 +314,16 @@ def test_history_stays_small_and_keeps_its_first_and_newest():
     selector.update(torch.tensor([1, 2]), torch.tensor([2.0, 1.0]))
     first = selector.logits.tolist()
     for step in range(1, 1001):
-        history.record(step, selector)
+        history.record(step, selector, 100 * step)
         selector.update(torch.tensor([1, 3]), torch.tensor([0.5, 0.0]))
         assert history.steps[-1] == step
         assert len(history.steps) == len(history.counts) == len(history.seconds) <= 200
     assert (np.diff(history.steps) > 0).all()
     assert history.first_step == 1
     np.testing.assert_array_equal(history.first_logits, [np.nan, first[1], first[2], np.nan, np.nan])
-    history.record(500, selector)  # the run went back
+    history.record(500, selector, 50_000)  # the run went back
     assert history.steps[-1] == 500
+    assert history.last_num_tokens == 50_000
     history.forget_after(400)
     assert history.steps[-1] <= 400
 

@@ -1,5 +1,6 @@
 """A stream as the training dataset: the same run as on the same rows map-style, and what only streams have."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from trl_bilevel.parquet_files import write_parquet
 from trl_bilevel.run_records import curate_run, read_facts
 from trl_bilevel.scripts import sft
 from trl_bilevel.streamed_selector import ConsumedRows
+from trl_bilevel.weight_history import WeightHistory
 
 
 def rows_with_ids(num_rows: int) -> Dataset:
@@ -257,3 +259,27 @@ def test_stream_that_can_be_read_only_once():
     assert [next(pairs).row["uid"] for _ in range(10)] == [f"row-{row}" for row in range(10)]
     with pytest.raises(ValueError, match=r"no rows in pass 2\. It can be read only once, and training needs more"):
         next(pairs)
+
+
+# ---- Before training ----
+@pytest.mark.parametrize("options", [{}, {"selector_activation": "sigmoid"}, {"selection_method": "bmo"}])
+def test_nothing_is_known_of_a_stream_before_training(make_trainer, hub, options):
+    rows = rows_with_ids(24)
+    options = {"train_dataset": rows.to_iterable_dataset(), "sample_id_column": "uid", **options}
+    trainer = make_trainer(**options)
+    trainer.save_model()
+    selector = trainer.data_selector
+    assert selector.weights().tolist() == selector.weights_of(torch.tensor([], dtype=torch.int64)).tolist() == []
+    assert all(math.isnan(value) for value in selector.statistics())
+    with pytest.raises(ValueError, match="seen no row of the stream yet, so there is nothing to curate"):
+        trainer.push_curated_dataset("me/rows")
+    folder = trainer.args.output_dir
+    assert not len(WeightHistory.load(folder).steps)
+    with pytest.raises(ValueError, match="is of a run on a stream"):
+        curate_run(folder)
+    again = make_trainer(**options)
+    again.data_selector.load(folder, "stream")
+    again.train()
+    trainer.train()
+    assert weights_by_id(again) == weights_by_id(trainer)
+    assert len(weights_by_id(trainer)) == 24

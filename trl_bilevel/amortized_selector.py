@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .batch_layout import BatchLayout
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 AMORTIZED_SELECTOR_FILE_NAME = "amortized_selector.safetensors"
 _HIDDEN_UNITS = 128
+_CURE = "Use another checkpoint."
 
 
 @contextmanager
@@ -149,12 +149,13 @@ class AmortizedSelector:
                 f"{path} does not exist, so the amortized selector cannot be restored. Resume from a checkpoint that "
                 "was written with `amortized_selector=True`, or train from the start."
             )
-        try:
+        with damage_explained(path, _CURE):
             tensors = load_file(path)
-            head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
+        try:
             self._head.load_state_dict(head)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be read, or is of another model ({error}).") from error
+        except RuntimeError as error:
+            raise ValueError(f"{path} is of a model of another size ({' '.join(str(error).split())}).") from error
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
@@ -164,10 +165,17 @@ class AmortizedSelector:
 
 
 def load_amortized_selector(directory: str | os.PathLike) -> AmortizedSelector | None:
-    """The head in a run's folder, of whatever size, or `None` if the run had none."""
+    """
+    The head in a run's folder, of whatever size, or `None` if the run had none.
+
+    Raises:
+        `ValueError`: if the file is damaged.
+    """
     path = Path(directory) / AMORTIZED_SELECTOR_FILE_NAME
     if not path.is_file():
         return None
-    selector = AmortizedSelector(hidden_size=load_file(path)["head.hidden.weight"].shape[1] - 1, seed=0)
+    with damage_explained(path, _CURE):
+        hidden_size = load_file(path)["head.hidden.weight"].shape[1] - 1
+    selector = AmortizedSelector(hidden_size, seed=0)
     selector.load(directory)
     return selector

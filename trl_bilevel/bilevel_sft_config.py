@@ -69,8 +69,8 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
 
         selector_prior (`float`, *optional*, defaults to `0.2`):
             With a value function and sigmoid weights, the probability that a training row is good before anything is
-            known of it, in (0, 1). The weight is the probability afterwards; a low prior trains on rows only once
-            they have proved good.
+            known of it, in (0, 1). The weight is the probability afterwards, scaled to mean 1: all rows start with 1,
+            and the prior sets how far a row that has proved good may rise above them, 1/prior times at most.
 
         > Parameters that control the data selector
 

@@ -207,7 +207,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             run = [secrets.token_hex(4)]
             broadcast_object_list(run)
             self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
-        self._weight_history = WeightHistory()  # whose time runs from now
+        self._weight_history = WeightHistory()  # whose time runs from now, as do the tokens
+        self._total_train_tokens = 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Logs ----

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .selector_files import SELECTOR_FILE_NAME, is_of_older_format
+from .selector_files import SELECTOR_FILE_NAME
 from .whole_files import write_whole
 
 
@@ -67,15 +67,14 @@ def find_problem(directory: str | os.PathLike) -> tuple[CheckpointState, str]:
 
     Returns:
         `tuple[str, str]`: `"whole"`; or `"torn"`, if its writing was interrupted; or `"damaged"`, if a file is not as
-        it was written. Then why. Checkpoints that know of no list of files, those of older versions and of other
-        trainers, are whole once they have Trainer's state, which comes last.
+        it was written. Then why. Checkpoints of other trainers, which know of no list of files, are whole once they
+        have Trainer's state, which comes last.
     """
     folder = Path(directory)
     path = folder / MANIFEST_FILE_NAME
     if not path.is_file():
-        selector = folder / SELECTOR_FILE_NAME
-        has_no_list = not selector.is_file() or is_of_older_format(selector)
-        if has_no_list and (folder / TRAINER_STATE_NAME).is_file():
+        is_of_another_trainer = not (folder / SELECTOR_FILE_NAME).is_file()
+        if is_of_another_trainer and (folder / TRAINER_STATE_NAME).is_file():
             return "whole", ""
         return "torn", f"{folder} was interrupted while it was written: it has no {MANIFEST_FILE_NAME}"
     try:
@@ -147,6 +146,11 @@ def find_checkpoint(output_dir: str | os.PathLike, skip_damaged: bool) -> Path |
             "`resume_from_checkpoint=None`."
         )
     return None
+
+
+def is_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a folder has the name of one of Trainer's checkpoints."""
+    return bool(_FOLDER_NAME.fullmatch(Path(directory).name))
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -13,15 +13,24 @@ from trl import SFTTrainer
 
 from .amortized_selector import AmortizedSelector
 from .bilevel_sft_config import BilevelSFTConfig
-from .checkpoint_files import LAST_INTACT, check_checkpoint, find_checkpoint, remove_manifest, write_manifest
+from .checkpoint_files import (
+    LAST_INTACT,
+    check_checkpoint,
+    find_checkpoint,
+    is_checkpoint,
+    remove_manifest,
+    write_manifest,
+)
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
-from .run_records import save_scores, save_training_rows
+from .row_scores import save_scores
+from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
+from .training_metrics import TrainingMetrics
 from .value_function import ValueFunction
 from .weight_history import WeightHistory
 from .whole_files import disk_full_explained
@@ -36,6 +45,7 @@ class Checkpointing(SFTTrainer):
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
     response_store: ResponseStore
+    _training_metrics: TrainingMetrics
     _weight_history: WeightHistory
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
@@ -49,6 +59,7 @@ class Checkpointing(SFTTrainer):
     # ---- Writing ----
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As in Trainer; older checkpoints are deleted once the new one is known to be whole, and no earlier."""
+        self._total_train_tokens += self._training_metrics.pop_input_tokens(self.accelerator.gather)
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -106,8 +117,6 @@ class Checkpointing(SFTTrainer):
                 if part is not None:
                     part.save(directory)
             self._save_records(directory)
-            if not _internal_call:  # a checkpoint has its own
-                save_log(directory, self.state)
             write_run_settings(directory, self.args)
         super().save_model(output_dir, _internal_call)
 
@@ -122,10 +131,13 @@ class Checkpointing(SFTTrainer):
             self._run_facts["training"]["num_rows"] = self.data_selector.num_rows
         elif self.args.save_training_rows:
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
-        self._weight_history.record(self.state.global_step, self.data_selector)
+        self._weight_history.record(self.state.global_step, self.data_selector, self._total_train_tokens)
         self._weight_history.save(directory)
+        save_facts(directory, self._run_facts)
+        if not is_checkpoint(directory):  # which has Trainer's own
+            save_log(directory, self.state)
         # Last: what has scores is complete
-        save_scores(directory, self.data_selector, self._run_facts, self._rows_fingerprint, self.state.global_step)
+        save_scores(directory, self.data_selector, self._rows_fingerprint, self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -188,6 +200,7 @@ class Checkpointing(SFTTrainer):
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             self._weight_history = WeightHistory.load(checkpoint)
+            self._total_train_tokens = self._weight_history.last_num_tokens
             if self.refiner is not None:
                 self._load_responses(checkpoint)
             elif (Path(checkpoint) / CHECKPOINT_FILE_NAME).is_file():

@@ -57,8 +57,8 @@ def curate_dataset(
     Raises:
         `ValueError`: if `keep_ratio` is out of range.
     """
-    check_keep_ratio(keep_ratio)
     num_rows, split = len(dataset), dataset.split
+    num_kept = count_kept(num_rows, keep_ratio)
     rank = rank_rows(scores, scored)
     source_columns = {"response_source": pa.repeat("original", num_rows)}
     if responses is not None:
@@ -76,7 +76,6 @@ def curate_dataset(
     dataset = concatenate_datasets([dataset.with_format(None), scores_dataset], axis=1, split=split)
     if keep_ratio is None:
         return dataset
-    num_kept = max(1, round(keep_ratio * num_rows))
     return dataset.select(np.flatnonzero(rank <= num_kept))
 
 
@@ -84,8 +83,27 @@ def check_keep_ratio(keep_ratio: float | None) -> None:
     """Raise a `ValueError` for a share out of (0, 1]."""
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise ValueError(
-            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Use None for all rows, scored."
+            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Leave it out for all rows, scored."
         )
+
+
+def count_kept(num_rows: int, keep_ratio: float | None) -> int:
+    """
+    How many of some rows a share keeps: rounded to whole rows, at least one; all if it is `None`.
+
+    Raises:
+        `ValueError`: if `keep_ratio` is out of range.
+
+    Example:
+
+    ```python
+    >>> count_kept(10, 0.72), count_kept(10, 0.01), count_kept(10, None)
+    (7, 1, 10)
+
+    ```
+    """
+    check_keep_ratio(keep_ratio)
+    return num_rows if keep_ratio is None else max(1, round(keep_ratio * num_rows))
 
 
 def rank_rows(scores: np.ndarray, scored: np.ndarray) -> np.ndarray:

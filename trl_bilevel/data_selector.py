@@ -9,15 +9,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .selector_files import (
-    read_selector_state,
-    read_selector_table,
-    write_selector_state,
-    write_selector_table,
-)
+from .selector_files import read_selector_state, read_selector_table, write_selector_state, write_selector_table
 from .selector_transfer import transferred_logits
 from .selector_updates import (
     SelectorActivation,
+    check_positions,
+    count_rows_of_sources,
     mean_over_source,
     mirror_descent_step,
     once_and_finite,
@@ -59,7 +56,7 @@ class DataSelector:
 
     Raises:
         `ValueError`: for an empty dataset, an unknown activation or optimizer, a negative or non-finite rate, a
-            prior out of range, or sources or ids of another number of rows.
+            prior out of range, sources or ids of another number of rows, or sources with gaps.
 
     Example:
 
@@ -113,11 +110,10 @@ class DataSelector:
         self.prior = prior
         self._sample_ids = sample_ids
         self.sources = sources
-        num_units = num_rows if sources is None else int(sources.max()) + 1
         # A unit is what has a weight: a row, or a source
-        self._sums = WeightSums(
-            activation, None if sources is None else sources.bincount(minlength=num_units).double()
-        )
+        unit_sizes = None if sources is None else count_rows_of_sources(sources)
+        num_units = num_rows if unit_sizes is None else len(unit_sizes)
+        self._sums = WeightSums(activation, unit_sizes)
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
@@ -187,7 +183,7 @@ class DataSelector:
         Move the weights of the rows of one global batch (the upper-level step).
 
         Rows with a NaN or infinite loss are left alone. A row that occurs twice, as when a sampler pads the last batch
-        of an epoch, counts once.
+        of an epoch, counts once. An `IndexError` for positions that are no row's, as in all methods that take some.
 
         Args:
             row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
@@ -230,8 +226,9 @@ class DataSelector:
         row_indices, logits = once_and_finite(row_indices, log_weights)
         if row_indices.numel() == 0:
             return
-        self._scored[row_indices], self._restarted[row_indices] = True, False
-        self._sums.set_logits(self._unit_logits, row_indices, logits)
+        units = self._units_of(row_indices)
+        self._scored[units], self._restarted[units] = True, False
+        self._sums.set_logits(self._unit_logits, units, logits)
 
     @property
     def neutral_logit(self) -> float:
@@ -262,9 +259,9 @@ class DataSelector:
         """
         if self.sources is not None or self.learning_rate == 0 or row_indices.numel() == 0:
             return
-        risen = self._unit_logits[row_indices].clamp(min=self.neutral_logit)
-        self._sums.set_logits(self._unit_logits, row_indices, risen)
-        self._restarted[row_indices] = True
+        units = self._units_of(row_indices)
+        self._sums.set_logits(self._unit_logits, units, self._unit_logits[units].clamp(min=self.neutral_logit))
+        self._restarted[units] = True
 
     def statistics(self) -> SelectorStatistics:
         """Entropy, effective sample ratio and extremes of the weights; all but the extremes from running sums."""
@@ -307,7 +304,7 @@ class DataSelector:
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self._unit_logits.copy_(tensors["logits"])
         self._scored.copy_(tensors["scored"])
-        self._restarted.copy_(tensors.get("restarted", torch.zeros_like(self._restarted)))
+        self._restarted.copy_(tensors["restarted"])
         self._sums.restore(tensors)
         if self._adam is not None:
             self._adam.state[self._unit_logits] = {
@@ -392,8 +389,10 @@ class DataSelector:
         }
 
     def _units_of(self, row_indices: torch.Tensor) -> torch.Tensor:
+        check_positions(row_indices, self.num_rows)
         return row_indices if self.sources is None else self.sources[row_indices]
 
     def _normalize(self, mass: torch.Tensor) -> torch.Tensor:
         # w_i = N * mass_i / sum(mass)
-        return (mass * (self.num_rows / self._sums.total)).float()
+        total = self._sums.total or 1.0  # 0 for a stream of which no row was seen: there is no weight to scale
+        return (mass * (self.num_rows / total)).float()

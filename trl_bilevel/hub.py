@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from .curation import SAMPLE_ID_COLUMN
+from .curation import SAMPLE_ID_COLUMN, check_keep_ratio, count_kept
 from .dataset_card import CONFIGS, FIGURE_PATH, build_card, column, split_name
 from .parquet_files import write_parquet
 from .refined_rows import RESPONSES_COLUMN
@@ -88,13 +88,11 @@ def publish_curated_dataset(
         `ValueError`: for a ratio out of range or a repository name that cannot be.
         [`PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
     """
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
+    num_kept = count_kept(len(scored), keep_ratio)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"`repo_id={repo_id!r}` cannot be a repository's name: {error}") from error
-    num_kept = len(scored) if keep_ratio is None else max(1, round(keep_ratio * len(scored)))
     api = HfApi(token=token)
     with explained(repo_id, retry_command):
         repo_id = _retried(
@@ -256,12 +254,11 @@ def load_curated_dataset(
     Raises:
         `ValueError`: for a ratio out of range, or larger than that of the published rows, or if no row is left.
     """
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
+    check_keep_ratio(keep_ratio)
     dataset = load_dataset(repo_id, "curated", split=split, **options)
     if keep_ratio is not None:
         num_rows = len(load_dataset(repo_id, "scores", split=split, **options))
-        num_kept = max(1, round(keep_ratio * num_rows))
+        num_kept = count_kept(num_rows, keep_ratio)
         if num_kept > len(dataset):
             raise ValueError(
                 f"`keep_ratio={keep_ratio}` asks for {num_kept} of {num_rows} rows, but only the best {len(dataset)} "

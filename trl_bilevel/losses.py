@@ -48,16 +48,19 @@ class PreferenceLosses(NamedTuple):
 
 
 class WeightedRows(NamedTuple):
-    """The rows of a micro-batch, T for training and V for validation."""
+    """
+    The rows of a micro-batch: S training sequences, one for each training row or G for one with G refined responses,
+    and V validation rows or preference pairs.
+    """
 
     weights: torch.Tensor
-    """Weights of the training rows, shape (T,), fp32, mean 1 over the dataset."""
+    """Weight of each training sequence's row, shape (S,), fp32, mean 1 over the rows of the dataset."""
     kept: torch.Tensor
-    """Which of them take part in the lower level, shape (T,), bool; see [`filter_threshold`]."""
+    """Which of them take part in the lower level, shape (S,), bool; see [`filter_threshold`]."""
     shares: torch.Tensor
-    """1 for an answer, 1/G for each of a row's G refined responses, which are T entries here; shape (T,), fp32."""
+    """1 for an answer, 1/G for each of a row's G refined responses, shape (S,), fp32."""
     num_training_tokens: torch.Tensor
-    """Their completion tokens, shape (T,), int64."""
+    """Completion tokens of the training sequences, shape (S,), int64."""
     num_validation_tokens: torch.Tensor
     """Completion tokens of the validation rows, shape (V,), int64; 1 for a preference pair."""
 
@@ -280,7 +283,7 @@ def objective_size(rows: WeightedRows, normalization: LossNormalization) -> Obje
         rows ([`WeightedRows`]): rows of a micro-batch.
         normalization (`"token"` or `"row"`): divide by completion tokens, as TRL does, or by rows.
     """
-    kept = rows.kept * rows.shares  # (T,)
+    kept = rows.kept * rows.shares  # (S,)
     if normalization == "row":
         return ObjectiveSize(training=kept.sum(), validation=kept.new_tensor(rows.num_validation_tokens.numel()))
     return ObjectiveSize(
@@ -301,7 +304,8 @@ def row_coefficients(
         L_train(w) = sum_i w_i * sum_t nll_it / sum_i n_i            (normalization="token", as TRL)
         L_train(w) = 1/T * sum_i w_i * mean_t nll_it                 (normalization="row", the papers' codes)
 
-    A row with G refined responses has the mean of theirs in place of its terms; each has a coefficient of its own.
+    with T the training rows of the step that are kept. A row with G refined responses has the mean of theirs in place
+    of its terms; each has a coefficient of its own.
 
     Args:
         rows ([`WeightedRows`]): rows of a micro-batch.
@@ -310,13 +314,13 @@ def row_coefficients(
         normalization (`"token"` or `"row"`): what `size` counts.
 
     Returns:
-        `torch.Tensor`: fp32, shape (T + V,): training rows first.
+        `torch.Tensor`: fp32, shape (S + V,): training sequences first.
     """
-    kept = rows.kept * rows.shares  # (T,)
+    kept = rows.kept * rows.shares  # (S,)
     # No kept row at all: 0 / tiny
-    training = (1 - validation_weight) * rows.weights * kept / size.training.clamp(min=1e-6)  # (T,)
+    training = (1 - validation_weight) * rows.weights * kept / size.training.clamp(min=1e-6)  # (S,)
     validation = validation_weight / size.validation.clamp(min=1)
-    coefficients = torch.cat([training, validation.expand(rows.num_validation_tokens.shape)])  # (T + V,)
+    coefficients = torch.cat([training, validation.expand(rows.num_validation_tokens.shape)])  # (S + V,)
     if normalization == "row":
         num_tokens = torch.cat([rows.num_training_tokens, rows.num_validation_tokens])
         coefficients = coefficients / num_tokens.clamp(min=1)

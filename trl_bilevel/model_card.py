@@ -12,7 +12,7 @@ from .run_records import source_text
 
 _RESULTS = {
     "eval_loss": "loss on the evaluation rows, nats per token",
-    "validation_loss": "loss on the trusted rows, nats per token",
+    "validation_loss": "loss on the trusted rows, {unit}",
     "training_loss": "loss on the training rows, nats per token",
     "selector/effective_sample_ratio": "effective share of the training rows",
 }
@@ -49,7 +49,9 @@ def build_model_card(
         tags=sorted(tags),
     )
     results = {
-        label: next(entry[name] for entry in reversed(log_history) if name in entry)
+        label.format(unit=validation_loss_unit(facts)): next(
+            entry[name] for entry in reversed(log_history) if name in entry
+        )
         for name, label in _RESULTS.items()
         if any(name in entry for entry in log_history)
     }
@@ -72,3 +74,18 @@ def build_model_card(
         )
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def validation_loss_unit(facts: dict[str, Any]) -> str:
+    """
+    What the losses of the trusted rows of a run are in.
+
+    Example:
+
+    ```python
+    >>> validation_loss_unit({"options": {"validation_loss_type": "dpo"}}), validation_loss_unit({"options": {}})
+    ('nats per pair', 'nats per token')
+
+    ```
+    """
+    return "nats per pair" if facts["options"].get("validation_loss_type") == "dpo" else "nats per token"

@@ -17,7 +17,7 @@ import pyarrow.compute
 import pyarrow.feather
 import pyarrow.parquet
 
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 CHECKPOINT_FILE_NAME = "_refined_responses.pq"
@@ -231,14 +231,12 @@ class ResponseStore:
                 f"{path} does not exist, so the refined responses cannot be restored. Resume from a checkpoint that "
                 "was written with `refine_ratio` above 0, or train from the start."
             )
-        try:
+        with damage_explained(path, "Resume from another one."):
             table = pyarrow.parquet.read_table(path)
             run = table.schema.metadata[b"run"].decode()
             table = table.cast(RESPONSE_SCHEMA)
-        except (pa.ArrowException, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another one.") from error
-        if not re.fullmatch(r"[0-9a-f]+", run):
-            raise ValueError(f"{path} is damaged and cannot be read (it names the run {run!r}).")
+            if not re.fullmatch(r"[0-9a-f]+", run):
+                raise ValueError(f"it names the run {run!r}")
         store = cls(parent, run, settings)
         for step in sorted(table.column("step").unique().to_pylist()):
             refresh = table.filter(pa.compute.equal(table.column("step"), step)).combine_chunks()

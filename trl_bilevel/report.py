@@ -15,11 +15,14 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import Environment, StrictUndefined
 
+from .curation import check_keep_ratio, count_kept
 from .dataset_card import column
 from .dataset_checks import resolve_sources
+from .model_card import validation_loss_unit
 from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
-from .run_records import curate_run, find_scores, read_facts, source_ids
+from .row_scores import find_scores
+from .run_records import curate_run, read_facts, source_ids
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
 from .whole_files import write_whole
@@ -74,20 +77,20 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
         `TypeError` or `ValueError`: for options out of range, or files that are damaged or do not belong together.
     """
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}.")
+    check_keep_ratio(keep_ratio)
     directory = find_scores(run_dir)
     scored = curate_run(directory)
     facts = read_facts(directory)
-    log = read_log(run_dir) or TrainingLog(0, 0, 0.0, [])
+    log = read_log(directory) or TrainingLog(0, 0, 0.0, [])
     history = WeightHistory.load(directory)
     source_column = source_column or facts["options"].get("source_column")
-    num_kept = len(scored) if keep_ratio is None else max(1, round(keep_ratio * len(scored)))
+    num_kept = count_kept(len(scored), keep_ratio)
     values = {
         "name": plain_text(Path(os.path.abspath(run_dir)).name)[0],
         "facts": facts,
         "trusted_ids": source_ids(facts["validation"]),
         "training_ids": source_ids(facts["training"]),
+        "unit": validation_loss_unit(facts),
         "options": {
             name: json.dumps(value)
             for name, value in {**facts["options"], **facts["model_options"]}.items()
@@ -104,7 +107,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "refreshes": _refreshes(log),
         **_weights(scored),
         **_figures(log, history),
-        **_rows(scored, history, None if keep_ratio is None else num_kept),
+        **_rows(scored, history, num_kept),
         "num_saved": len(history.steps),
     }
     template = resources.files("trl_bilevel").joinpath("cards/report.html.jinja").read_text(encoding="utf-8")
@@ -199,8 +202,8 @@ def _weights(scored: Dataset) -> dict[str, Any]:
     }
 
 
-def _rows(scored: Dataset, history: WeightHistory, cut: int | None) -> dict[str, Any]:
-    """The lists of rows; `cut` is the number of rows kept, `None` if there is no cut."""
+def _rows(scored: Dataset, history: WeightHistory, num_kept: int) -> dict[str, Any]:
+    """The lists of rows; around the cut there are none if all rows are kept."""
     rank, refined = column(scored, "rank"), column(scored, "response_source") == "refined"
     best_first = np.argsort(rank)
     changed: list[ReportRow] = []
@@ -212,7 +215,6 @@ def _rows(scored: Dataset, history: WeightHistory, cut: int | None) -> dict[str,
         most = np.lexsort((rank, -change))[:_NUM_ROWS]
         most = most[change[most] > 0]
         changed = report_rows(scored, most.tolist(), {row: (int(first[row]), int(last[row])) for row in most.tolist()})
-    num_kept = len(scored) if cut is None else cut
     around = (slice(max(num_kept - _NUM_AROUND_CUT, 0), num_kept), slice(num_kept, num_kept + _NUM_AROUND_CUT))
     last_kept, first_dropped = (
         report_rows(scored, best_first[rows].tolist()) if num_kept < len(scored) else [] for rows in around
@@ -247,16 +249,13 @@ def _figures(log: TrainingLog, history: WeightHistory) -> dict[str, str | None]:
 
 
 def _costs(log: TrainingLog, history: WeightHistory) -> dict[str, str]:
-    tokens = log.last("num_tokens")
     costs = {"optimizer steps": f"{log.global_step:,} of {log.max_steps:,}", "epochs": f"{log.epoch:.2f}"}
-    if tokens is not None:
-        costs["tokens read by the model"] = f"{tokens:,.0f}"
     if len(history.seconds):
-        seconds = float(history.seconds[-1])
+        seconds, tokens = float(history.seconds[-1]), history.last_num_tokens
+        costs["tokens read by the model"] = f"{tokens:,}"
         costs["time"] = duration(seconds)
         if history.steps[-1] > 0:
             costs["time per optimizer step"] = f"{seconds / history.steps[-1]:.3g} s"
-        if tokens is not None and log.global_step == history.steps[-1]:
             costs["tokens per second"] = f"{tokens / seconds:,.0f}"
     return costs
 

@@ -22,17 +22,15 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.table import ConcatenationTable, MemoryMappedTable
 from peft import LoraConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from .curation import curate_dataset
-from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
-from .whole_files import write_whole
+from .row_scores import find_scores, read_scores
+from .whole_files import damage_explained, write_whole
 
 
 ROWS_FOLDER_NAME = "_training_rows"
-SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client takes no `.parquet` in a model repository's checkpoint
 FACTS_FILE_NAME = "_run.json"
 _ALWAYS_SHOWN = ("selection_method", "validation_weight", "num_train_epochs", "learning_rate", "seed")
 _FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"
@@ -118,34 +116,10 @@ def save_training_rows(directory: str | os.PathLike, rows: Dataset, fingerprint:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_scores(
-    directory: str | os.PathLike, selector: DataSelector, facts: dict[str, Any], fingerprint: str, step: int
-) -> None:
-    """
-    Write what curation needs to know of every row, and the facts for the card, each whole or not at all.
-
-    Args:
-        directory (`str` or `os.PathLike`): an existing folder, of the run or of a checkpoint.
-        selector ([`DataSelector`]): N rows.
-        facts (`dict`): what [`describe_run`] returns.
-        fingerprint (`str`): of the training rows.
-        step (`int`): optimizer step of the scores.
-    """
-    table = pa.table(
-        {
-            "sample_id": selector.sample_ids,
-            "logit": selector.logits.numpy(),
-            "weight": selector.weights().numpy(),
-            "scored": selector.scored.numpy(),
-            "judged": selector.judged.numpy(),
-        }
-    ).replace_schema_metadata({"rows_fingerprint": fingerprint, "step": str(step)})
-    for name, write in (
-        (FACTS_FILE_NAME, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n")),
-        # Last: what has scores is complete
-        (SCORES_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path)),
-    ):
-        write_whole(Path(directory) / name, write)
+def save_facts(directory: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """Write what [`describe_run`] returns, for the cards, whole or not at all."""
+    text = json.dumps(facts, indent=2) + "\n"
+    write_whole(Path(directory) / FACTS_FILE_NAME, lambda path: path.write_text(text))
 
 
 def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> Dataset:
@@ -182,14 +156,15 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
             "was trained with `save_training_rows=False`: then curate in the training script, `trainer.curate(...)`."
         )
     rows = load_from_disk(str(rows_folder))
-    scores = pyarrow.parquet.read_table(directory / SCORES_FILE_NAME)
-    found = (rows_folder / _FINGERPRINT_FILE_NAME).read_text().split()[0]
-    if len(scores) != len(rows) or scores.schema.metadata[b"rows_fingerprint"].decode() != found:
+    scores, fingerprint = read_scores(directory)
+    if len(scores) != len(rows) or fingerprint != (rows_folder / _FINGERPRINT_FILE_NAME).read_text().split()[0]:
         raise ValueError(
             f"{directory} has scores of {len(scores)} rows, and {rows_folder} holds {len(rows)} others: they are of "
             "different runs. Curate in the training script, `trainer.curate(...)`, or train again."
         )
     responses = directory / RESPONSES_FILE_NAME
+    with damage_explained(responses, "Give another checkpoint."):
+        refined = pyarrow.parquet.read_table(responses) if responses.is_file() else None
     return curate_dataset(
         rows,
         scores.column("sample_id"),
@@ -198,7 +173,7 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         scored=_column(scores, "scored"),
         judged=_column(scores, "judged"),
         keep_ratio=keep_ratio,
-        responses=pyarrow.parquet.read_table(responses) if responses.is_file() else None,
+        responses=refined,
     )
 
 
@@ -252,29 +227,12 @@ def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
         `ValueError`: if the file is damaged.
     """
     path = find_scores(run_dir) / FACTS_FILE_NAME
-    try:
+    with damage_explained(path, "Give another checkpoint."):
         return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged and cannot be read ({error}). Give another checkpoint.") from error
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
     return table.column(name).to_numpy()
-
-
-def find_scores(run_dir: str | os.PathLike) -> Path:
-    """The folder with the newest scores of a run: its own, or, if it was interrupted, its last complete checkpoint."""
-    directory = Path(run_dir)
-    steps: dict[Path, int] = {}
-    for folder in (directory, *directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        if (folder / SCORES_FILE_NAME).is_file():
-            steps[folder] = int(pyarrow.parquet.read_schema(folder / SCORES_FILE_NAME).metadata[b"step"])
-    if steps:
-        return max(steps, key=lambda folder: (steps[folder], folder == directory))
-    raise FileNotFoundError(
-        f"{directory} holds no scores of rows. Give the output folder, or a checkpoint, of a run with "
-        "BilevelSFTTrainer that has come to its first checkpoint."
-    )
 
 
 def describe_run(

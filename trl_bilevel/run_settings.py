@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 RUN_SETTINGS_FILE_NAME = "bilevel_sft.json"
@@ -48,8 +48,6 @@ def read_row_options(directory: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} does not exist. Give the output folder, or a checkpoint, of a run with BilevelSFTTrainer."
         )
-    try:
+    with damage_explained(path, "Use another checkpoint."):
         rows = json.loads(path.read_text())["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged and cannot be read ({error}).") from error
-    return {name: rows[name] for name in _ROW_OPTIONS if name in rows}
+        return {name: rows[name] for name in _ROW_OPTIONS if name in rows}

@@ -31,7 +31,7 @@ from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
 from .run_settings import row_options
 from .value_function import ValueFunction
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 SCORE_COLUMNS = ("score", "loss", "value_loss", "selector_score")
@@ -285,8 +285,9 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Chunks of another model, of other rows or of another size must not be mixed with new ones."""
     path = folder / _MANIFEST_NAME
     if path.is_file():
-        found = json.loads(path.read_text())
-        differing = sorted(name for name in manifest if found.get(name) != manifest[name])
+        with damage_explained(path, "Choose another `output_dir`, or delete it."):
+            found = json.loads(path.read_text())
+            differing = sorted(name for name in manifest if found.get(name) != manifest[name])
         if differing:
             raise ValueError(
                 f"{folder} holds scores with another {', '.join(differing)} ({found}, now {manifest}). Choose another "

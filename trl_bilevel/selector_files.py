@@ -17,17 +17,16 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .selector_updates import SelectorActivation
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 SELECTOR_FILE_NAME = "data_selector.safetensors"
 SELECTOR_TABLE_NAME = "data_selector.parquet"
 _STATE_VERSION = "3"
-_OLDER_STATE_VERSIONS = ("1", "2")  # of checkpoints without a list of their files
 _TABLE_COLUMNS = ("sample_id", "logit", "scored")
 
 
@@ -62,14 +61,9 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
             f"{path} does not exist, so the learned row weights cannot be restored. Resume from a checkpoint that "
             "BilevelSFTTrainer wrote, or train from the start."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {}).get("selector", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another checkpoint.") from error
-    if stored.get("format_version") in _OLDER_STATE_VERSIONS:
-        stored = {"prior": 0.5, **stored, "format_version": _STATE_VERSION}  # the first had no other prior
+    with damage_explained(path, "Resume from another checkpoint."), safe_open(path, framework="pt") as file:
+        stored = json.loads((file.metadata() or {}).get("selector", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     expected = {"format_version": _STATE_VERSION, **identity}
     differing = [
         f"{key} {stored.get(key)!r} (now {value!r})" for key, value in expected.items() if stored.get(key) != value
@@ -80,16 +74,6 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
             "sample ids and selector options, or train from the start."
         )
     return tensors
-
-
-def is_of_older_format(path: str | os.PathLike) -> bool:
-    """Whether a selector's state was written by a version that wrote no list of a checkpoint's files."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = json.loads((file.metadata() or {}).get("selector", "{}"))
-    except (SafetensorError, ValueError):
-        return False
-    return stored.get("format_version") in _OLDER_STATE_VERSIONS
 
 
 def write_selector_table(directory: str | os.PathLike, table: pa.Table, activation: SelectorActivation) -> Path:
@@ -133,10 +117,8 @@ def read_selector_table(name_or_path: str | os.PathLike) -> tuple[pa.Table, Sele
                 f"{str(name_or_path)!r} is neither a directory here nor a dataset repository with a "
                 f"{SELECTOR_TABLE_NAME} ({error})."
             ) from error
-    try:
+    with damage_explained(file, "Write it anew with `DataSelector.save_pretrained`."):
         table = pa.parquet.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} is damaged and cannot be read ({error}).") from error
     activation = (table.schema.metadata or {}).get(b"selector_activation", b"").decode()
     missing = [name for name in _TABLE_COLUMNS if name not in table.column_names]
     if missing or activation not in get_args(SelectorActivation):

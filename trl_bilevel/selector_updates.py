@@ -91,6 +91,34 @@ def once_and_finite(row_indices: torch.Tensor, values: torch.Tensor) -> tuple[to
     return row_indices, torch.empty(row_indices.numel()).scatter_(0, occurrence, values[finite].float())
 
 
+def check_positions(row_indices: torch.Tensor, num_rows: int) -> None:
+    """Raise an `IndexError` for positions that are no row's: PyTorch takes negative ones, and counts from the end."""
+    if row_indices.numel():
+        first, last = torch.stack(row_indices.aminmax()).tolist()
+        if first < 0 or last >= num_rows:
+            raise IndexError(f"Rows are numbered from 0 to {num_rows - 1}, got {first if first < 0 else last}.")
+
+
+def count_rows_of_sources(sources: torch.Tensor) -> torch.Tensor:
+    """
+    How many rows each source has, float64 of shape (U,).
+
+    Args:
+        sources (`torch.Tensor`): the source of each row, int64 of shape (N,).
+
+    Raises:
+        `ValueError`: if they are not numbered from 0 without gaps.
+    """
+    first, last = torch.stack(sources.aminmax()).tolist()
+    sizes = sources.bincount() if first == 0 and last < len(sources) else sources.new_zeros(1)
+    if not sizes.all():
+        raise ValueError(
+            f"sources must be numbered from 0 without gaps, got {len(sources.unique())} of them in {first} to {last}."
+            " `torch.unique(sources, return_inverse=True)` numbers them so."
+        )
+    return sizes.double()
+
+
 def mean_over_source(
     sources: torch.Tensor,
     before: torch.Tensor,

@@ -41,7 +41,7 @@ class StepRows:
     layout: BatchLayout
     """Where the sequences are in the model's inputs."""
     reference_nll: torch.Tensor
-    """Of preference pairs: log-likelihoods under the reference, shape (2P,), fp32, in nats. Empty without pairs."""
+    """Of preference pairs: negative log-likelihoods under the reference, (2P,), fp32, in nats. Empty without pairs."""
     num_filtered: int = 0
     """Training rows that take no part in the model's step."""
     coefficients: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from accelerate.logging import get_logger
 from datasets import Features, IterableDataset, Value
 from datasets.iterable_dataset import ExamplesIterable
 
-from .curation import SAMPLE_ID_COLUMN, check_keep_ratio, rank_rows
+from .curation import SAMPLE_ID_COLUMN, count_kept, rank_rows
 from .paired_stream import read_sample_id
 from .streamed_selector import StreamedSelector
 
@@ -39,14 +39,13 @@ def curate_stream(
     Raises:
         `ValueError`: if `keep_ratio` is out of range, or no row was seen yet.
     """
-    check_keep_ratio(keep_ratio)
     num_rows = selector.num_rows
+    num_kept = count_kept(num_rows, keep_ratio)
     if num_rows == 0:
         raise ValueError("Training has seen no row of the stream yet, so there is nothing to curate. Train first.")
     scored = selector.scored.numpy()
     weights = selector.weights().numpy().astype(np.float64)
     rank = rank_rows(selector.logits.numpy(), scored)
-    num_kept = num_rows if keep_ratio is None else max(1, round(keep_ratio * num_rows))
 
     def read() -> Iterator[tuple[int, dict[str, Any]]]:
         left = rank <= num_kept  # (N,): rows to come

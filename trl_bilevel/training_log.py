@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 FILE_NAME = f"_{TRAINER_STATE_NAME}"
@@ -42,23 +41,18 @@ def save_log(directory: str | os.PathLike, state: TrainerState) -> None:
 
 def read_log(directory: str | os.PathLike) -> TrainingLog | None:
     """
-    The newest log in a folder, of a run or a checkpoint; `None` if there is none.
+    The log beside the scores in a folder, of a run or a checkpoint, see [`~trl_bilevel.row_scores.find_scores`].
+
+    Returns:
+        [`TrainingLog`]: `None` if there is none.
 
     Raises:
-        `ValueError`: if a file is damaged.
+        `ValueError`: if the file is damaged.
     """
-    folder = Path(directory)
-    paths = [folder / TRAINER_STATE_NAME, folder / FILE_NAME]
-    paths += folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    logs = [_read(path) for path in paths if path.is_file()]
-    return max(logs, key=lambda log: log.global_step, default=None)
-
-
-def _read(path: Path) -> TrainingLog:
-    try:
+    paths = [Path(directory) / name for name in (FILE_NAME, TRAINER_STATE_NAME)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    with damage_explained(path, "Delete its folder, or give an earlier checkpoint."):
         state = json.loads(path.read_text())
         return TrainingLog(state["global_step"], state["max_steps"], state["epoch"] or 0.0, state["log_history"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged and cannot be read ({error}). Delete its folder, or give an earlier checkpoint."
-        ) from error

@@ -59,6 +59,20 @@ class TrainingMetrics:
         self._token_sums = stacked if self._token_sums is None else self._token_sums + stacked
         self._row_counts.update(row_counts._asdict())
 
+    def pop_input_tokens(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> int:
+        """
+        Input tokens of all processes since the last call of this or of [`pop`], which then counts the later ones only.
+
+        Args:
+            gather (`Callable`): as in [`pop`].
+        """
+        if self._token_sums is None:
+            return 0
+        position = TokenSums._fields.index("input_tokens")
+        num_tokens = gather(self._token_sums[position][None]).sum().item()
+        self._token_sums[position] = 0
+        return int(num_tokens)
+
     def pop(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """
         Averages since the last call under the names they are logged by; empty if nothing was added.

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 logger = get_logger(__name__)
@@ -26,6 +26,7 @@ logger = get_logger(__name__)
 VALUE_FUNCTION_FILE_NAME = "_value_function.safetensors"
 """In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`."""
 OPTIMIZER_FILE_NAME = "_value_function_optimizer.pt"
+_CURE = "Use another checkpoint."
 
 
 class ValueFunction:
@@ -127,10 +128,8 @@ class ValueFunction:
                 f"{path} does not exist, so the value function cannot be restored. Resume from a checkpoint that was "
                 "written with `value_function='adapter'`, or train from the start."
             )
-        try:
+        with damage_explained(path, _CURE):
             values = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged and cannot be read ({error}). Resume from another one.") from error
         shapes = {name: value.shape for name, value in values.items()}
         if shapes != {name: value.shape for name, value in self._own.items()}:
             raise ValueError(f"{path} was written for another adapter: its parameters are {sorted(shapes)[:2]}, ...")
@@ -159,12 +158,17 @@ class ValueFunction:
 
 
 def load_value_function(directory: str | os.PathLike, model: torch.nn.Module) -> ValueFunction | None:
-    """The value function in a run's folder, for scoring with the adapter that was loaded from there; or `None`."""
+    """
+    The value function in a run's folder, for scoring with the adapter that was loaded from there; or `None`.
+
+    Raises:
+        `ValueError`: if the file is damaged or belongs to another adapter.
+    """
     path = Path(directory) / VALUE_FUNCTION_FILE_NAME
     if not path.is_file():
         return None
     known = {name for name, _ in model.named_parameters()}
-    with safe_open(path, framework="pt") as file:
+    with damage_explained(path, _CURE), safe_open(path, framework="pt") as file:
         names = list(file.keys())
     missing = [name for name in names if name not in known]
     if missing:

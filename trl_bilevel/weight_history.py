@@ -9,17 +9,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .data_selector import DataSelector
-from .whole_files import write_whole
+from .whole_files import damage_explained, write_whole
 
 
 FILE_NAME = "_weight_history.safetensors"
 BIN_EDGES = np.linspace(-5, 2, 57)
 """Edges of the histograms, in logarithms to base 10 of weights (mean 1); what is beyond is in the outermost bins."""
-_ENTRY_FIELDS = ("steps", "seconds", "effective_sample_ratios", "counts")
+_ENTRY_FIELDS = ("steps", "seconds", "num_tokens", "effective_sample_ratios", "counts")
 _MOST_ENTRIES = 200
 
 
@@ -33,6 +32,7 @@ class WeightHistory:
     Attributes:
         steps (`numpy.ndarray`): optimizer steps of the entries, int64, shape (E,), increasing.
         seconds (`numpy.ndarray`): spent in training until then, without what an interruption lost, shape (E,).
+        num_tokens (`numpy.ndarray`): that the model read in training until then, likewise, int64, shape (E,).
         effective_sample_ratios (`numpy.ndarray`): (sum w)^2 / (N sum w^2) of the weights, in (0, 1], shape (E,).
         counts (`numpy.ndarray`): rows in each bin of `BIN_EDGES`, int64, shape (E, 56).
         first_logits (`numpy.ndarray`): of all rows at the first entry, NaN for those that were not scored by then,
@@ -43,6 +43,7 @@ class WeightHistory:
     def __init__(self) -> None:
         self.steps = np.empty(0, dtype=np.int64)
         self.seconds = np.empty(0)
+        self.num_tokens = np.empty(0, dtype=np.int64)
         self.effective_sample_ratios = np.empty(0)
         self.counts = np.empty((0, len(BIN_EDGES) - 1), dtype=np.int64)
         self.first_logits = np.empty(0, dtype=np.float32)
@@ -50,14 +51,22 @@ class WeightHistory:
         self._started = time.monotonic()
         self._seconds_before = 0.0  # in processes that were interrupted
 
-    def record(self, step: int, selector: DataSelector) -> None:
-        """Add an entry, in place of those of the same step and later ones."""
+    @property
+    def last_num_tokens(self) -> int:
+        """Tokens read until the last entry."""
+        return int(self.num_tokens[-1]) if len(self.num_tokens) else 0
+
+    def record(self, step: int, selector: DataSelector, num_tokens: int) -> None:
+        """Add an entry, in place of those of the same step and later ones; none while the selector knows no row."""
+        if selector.num_rows == 0:
+            return
         weights = selector.weights().double().numpy()  # (N,)
         with np.errstate(divide="ignore"):  # a weight may underflow to 0
             logarithms = np.log10(weights)
         entry = {
             "steps": step,
             "seconds": self._seconds_before + time.monotonic() - self._started,
+            "num_tokens": num_tokens,
             "effective_sample_ratios": weights.sum() ** 2 / (len(weights) * np.square(weights).sum()),
             "counts": np.histogram(logarithms.clip(BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0],
         }
@@ -95,14 +104,10 @@ class WeightHistory:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             return history
-        try:
+        with damage_explained(path, "Delete it: all but its entries is elsewhere."):
             tensors = load_file(path)
             for name in (*_ENTRY_FIELDS, "first_logits"):
                 setattr(history, name, tensors[name])
             history.first_step = int(tensors["first_step"][0])
-            history._seconds_before = float(history.seconds[-1])
-        except (SafetensorError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"{path} is damaged and cannot be read ({error}). Delete it: all but its entries is elsewhere."
-            ) from error
+            history._seconds_before = float(history.seconds[-1]) if len(history.seconds) else 0.0
         return history

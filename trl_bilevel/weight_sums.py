@@ -90,7 +90,9 @@ class WeightSums:
         self._largest_total = max(self._largest_total, self.total)
 
     def statistics(self, unit_logits: torch.Tensor, num_rows: int) -> SelectorStatistics:
-        """Of the weights, which have mean 1; all but the extremes from running sums."""
+        """Of the weights, which have mean 1; all but the extremes from running sums. NaN without rows."""
+        if num_rows == 0:
+            return SelectorStatistics(*[math.nan] * len(SelectorStatistics._fields))
         if self._moments is None:
             parts = [self._sums(unit_logits, units, True)[1:] for units in _slices(len(unit_logits))]
             squares, logs = (sum(column) for column in zip(*parts, strict=True))

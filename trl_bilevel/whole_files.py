@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what is said of those that are damaged all the same."""
 
 import errno
 import os
@@ -9,8 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from safetensors import SafetensorError
+
 
 _PAGE = 4096  # bytes
+# What readers raise for a file that was cut off or changed, or that lacks a part
+_SIGNS_OF_DAMAGE = (SafetensorError, pa.ArrowException, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], Any]) -> Path:
@@ -60,3 +65,25 @@ def disk_full_explained(folder: str | os.PathLike) -> Iterator[None]:
             "`resume_from_checkpoint=True`",
             os.fspath(folder),
         ) from error
+
+
+@contextmanager
+def damage_explained(path: str | os.PathLike, cure: str) -> Iterator[None]:
+    """
+    Around the reading of a file, and of what must be in it: name the file and the cure, whatever a library says.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        cure (`str`): a sentence.
+
+    Raises:
+        `ValueError`: in place of an error of the block, but for those of the operating system, such as a file that
+            is not there or may not be read.
+    """
+    try:
+        yield
+    except _SIGNS_OF_DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{os.fspath(path)} is damaged and cannot be read ({reason}). {cure}") from error

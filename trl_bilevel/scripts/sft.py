@@ -24,6 +24,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
+from trl_bilevel.curation import check_keep_ratio
 from trl_bilevel.dataset_loading import load_split
 from trl_bilevel.parquet_files import write_parquet
 
@@ -60,8 +61,7 @@ class BilevelScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"`keep_ratio` must be larger than 0 and at most 1, got {self.keep_ratio}.")
+        check_keep_ratio(self.keep_ratio)
 
 
 def main(

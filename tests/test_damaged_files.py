@@ -1,0 +1,73 @@
+"""Files that were cut off or changed: one line that names the file and what to do, whoever reads it."""
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from trl_bilevel import DataSelector
+from trl_bilevel.amortized_selector import AMORTIZED_SELECTOR_FILE_NAME, AmortizedSelector, load_amortized_selector
+from trl_bilevel.row_scores import SCORES_FILE_NAME, find_scores, read_scores, save_scores
+from trl_bilevel.run_settings import RUN_SETTINGS_FILE_NAME, read_row_options
+from trl_bilevel.scoring import _check_manifest
+from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, ValueFunction, load_value_function
+from trl_bilevel.whole_files import damage_explained
+
+
+MODEL = torch.nn.Linear(2, 1)
+
+
+def _save_value_function(folder):
+    ValueFunction(MODEL, ["weight"], torch.optim.SGD, 1.0).save(folder)
+
+
+FILES = {
+    VALUE_FUNCTION_FILE_NAME: (_save_value_function, lambda folder: load_value_function(folder, MODEL)),
+    AMORTIZED_SELECTOR_FILE_NAME: (AmortizedSelector(4, seed=0).save, load_amortized_selector),
+    SCORES_FILE_NAME: (lambda folder: save_scores(folder, DataSelector(num_rows=3), "rows", 1), find_scores),
+    "scoring.json": (
+        lambda folder: _check_manifest(folder, {"model": "m"}),
+        lambda folder: _check_manifest(folder, {"model": "m"}),
+    ),
+    RUN_SETTINGS_FILE_NAME: (lambda folder: (folder / RUN_SETTINGS_FILE_NAME).write_text("{}"), read_row_options),
+}
+DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
+           "overwritten": lambda content: b"[" + bytes(range(1, 200)), "a list": lambda content: b"[3]"}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_file_and_cure_are_named(tmp_path, name, damage):
+    save, load = FILES[name]
+    save(tmp_path)
+    (tmp_path / name).write_bytes(DAMAGES[damage]((tmp_path / name).read_bytes()))
+    with pytest.raises(
+        ValueError, match=rf"/{name} is damaged and cannot be read \(.*\)\. .*(nother|delete).*\.$"
+    ) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_scores_that_lack_something(tmp_path):
+    save_scores(tmp_path, DataSelector(num_rows=3), "rows", 1)
+    scores, fingerprint = read_scores(tmp_path)
+    assert (len(scores), fingerprint) == (3, "rows")
+    pa.parquet.write_table(scores.drop_columns("judged"), tmp_path / SCORES_FILE_NAME)
+    with pytest.raises(ValueError, match=rf"{SCORES_FILE_NAME} is damaged and cannot be read"):
+        read_scores(tmp_path)
+    pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / SCORES_FILE_NAME)
+    with pytest.raises(ValueError, match=rf"{SCORES_FILE_NAME} is damaged and cannot be read"):
+        find_scores(tmp_path)
+
+
+def test_a_file_that_is_not_there_is_not_damaged(tmp_path):
+    path = tmp_path / "nothing"
+    with pytest.raises(FileNotFoundError), damage_explained(path, "Look elsewhere."):
+        path.read_text()
+
+
+def test_head_of_another_size_is_not_damaged(tmp_path):
+    AmortizedSelector(4, seed=0).save(tmp_path)
+    with pytest.raises(ValueError, match=r"is of a model of another size \(.*\)\.$") as error:
+        AmortizedSelector(6, seed=0).load(tmp_path)
+    assert "\n" not in str(error.value)
