@@ -46,12 +46,11 @@ def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     training = [(module, module.training) for module in model.modules()]
     checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
-    devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
         for module in checkpointing:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), random_state_kept(device):
             yield
     finally:
         for module, was_training in training:
@@ -60,8 +59,17 @@ def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
+@contextmanager
+def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """What is drawn inside changes nothing outside; with a `seed` it depends on nothing outside either."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 def batch_seed(seed: int, step: int, batch: int) -> int:
-    """A seed of its own for every batch of every refresh, whichever process generates it."""
+    """A seed of its own for every batch of every step, whichever process draws by it."""
     return int(np.random.SeedSequence([seed, step, batch]).generate_state(1)[0])
 
 
