@@ -214,6 +214,45 @@ def test_sampling_options_reach_the_sampler(build_model, tokenizer, prompts, mon
     assert responses[0] != responses[1]
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_models_own_generation_config_has_no_say(build_model, tokenizer, prompts, wrapped, temperature):
+    """Whatever it sets and ours does not: the responses are those of a model without any of it."""
+    sampling = {"refine_temperature": temperature, "num_refined_responses": 1 + temperature}
+    model = build_model()
+    free = _generator(model, tokenizer, **sampling).generate(prompts, seed=0)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    suppressed = sorted({token for response in free for token in response[:2]})
+    model.generation_config.update(
+        suppress_tokens=suppressed, no_repeat_ngram_size=2, min_p=0.9, min_new_tokens=4, typical_p=0.1,
+        bad_words_ids=[[token] for token in suppressed], sequence_bias=[[[suppressed[0]], -50.0]], num_beams=2,
+    )  # fmt: skip
+    own = model.generation_config
+    assert _generator(model, tokenizer, **sampling).generate(prompts, seed=0) == free
+    assert model.generation_config is own
+    assert own.suppress_tokens == suppressed
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+def test_the_models_own_generation_config_is_restored_after_an_error(
+    build_model, tokenizer, prompts, wrapped, monkeypatch
+):
+    model = build_model()
+    own = model.generation_config
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(type(build_model()), "forward", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        _generator(model, tokenizer).generate(prompts, seed=0)
+    assert model.generation_config is own
+    assert "generation_config" not in vars(model) or not wrapped
+
+
 def test_temperature_sharpens_as_the_softmax_says(build_model, tokenizer):
     """Frequencies of the first token against softmax(logits / T), the nucleus cut off."""
     model = build_model()
