@@ -79,6 +79,25 @@ class BilevelSetup(SFTTrainer):
                 "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
                 f"Use data parallelism only, got {parallelism}."
             )
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            self._refuse_unsupported_prompt_learning(self.model.active_peft_config.peft_type.value)
+
+    def _refuse_unsupported_prompt_learning(self, adapter: str) -> None:
+        """Virtual tokens come before a row's own, and are no part of its inputs: positions in the outputs move."""
+        for name, default in (("refine_ratio", 0), ("amortized_selector", False), ("packing", False)):
+            value = getattr(self.args, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}={value!r}` is not supported with prompt learning, got an adapter of type {adapter!r}: "
+                    f"its virtual tokens move the positions of a row's own. Use `{name}={default!r}`, or another "
+                    "adapter, for instance `peft_config=LoraConfig(...)`."
+                )
+        if self.padding_free:
+            raise ValueError(
+                f"`padding_free=True` is not supported with prompt learning, got an adapter of type {adapter!r}: its "
+                "virtual tokens come before the first of the rows that share a sequence, not before each. Use "
+                "`padding_free=False`, or another adapter, for instance `peft_config=LoraConfig(...)`."
+            )
 
     def _resolve_value_function(self) -> bool:
         args = self.args
