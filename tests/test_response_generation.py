@@ -359,6 +359,26 @@ def test_vllm_is_wired_as_in_trl(monkeypatch, build_model, tokenizer):
     assert generator.generate([[5], [5, 6]], seed=10) == [[1, 10], [1, 11], [2, 10], [2, 11]]
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_vllm_gets_no_longer_sequences_and_no_more_trust_than_the_options_say(
+    monkeypatch, make_trainer, tokenizer, train_dataset, trusted
+):
+    """The model itself could read longer prompts."""
+    limit = sorted(len(tokenizer(prompt)["input_ids"]) for prompt in train_dataset["prompt"])[12]
+    monkeypatch.setattr("trl_bilevel.response_generation.VLLMGeneration", _FakeVLLM)
+    trainer = make_trainer(
+        refine_ratio=1.0, use_vllm=True, vllm_max_model_length=limit, refine_max_new_tokens=8,
+        trust_remote_code=trusted,
+    )  # fmt: skip
+    assert trainer.refiner.generator.vllm.options["trust_remote_code"] is trusted
+    questions = [trainer.refiner.reader.read(row) for row in range(24)]
+    fitting = {question.row for question in questions if len(question.prompt_ids) < limit}
+    assert 0 < len(fitting) < 24
+    kept = trainer.refiner._questions(list(range(24)))
+    assert {question.row for question in kept} == fitting
+    assert all(len(q.prompt_ids) + trainer.refiner._room(q) <= limit for q in kept)
+
+
 def test_vllm_options_exist_in_trl():
     """The real bridge's constructor takes every option by the name it is given."""
     import inspect
@@ -368,7 +388,7 @@ def test_vllm_options_exist_in_trl():
     given = {
         "model", "accelerator", "processing_class", "mode", "server_base_url", "server_timeout", "group_port",
         "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode",
-        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs",
+        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs", "trust_remote_code",
     }  # fmt: skip
     assert given <= set(inspect.signature(VLLMGeneration.__init__).parameters)
     assert {"prompts", "images", "num_generations"} <= set(inspect.signature(VLLMGeneration.generate).parameters)

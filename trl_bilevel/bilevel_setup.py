@@ -175,7 +175,9 @@ class BilevelSetup(SFTTrainer):
         batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
         generator: ResponseGenerator
         if args.use_vllm:
-            generator = VLLMGenerator(self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size)
+            generator = VLLMGenerator(
+                self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size, args.trust_remote_code
+            )
         else:
             generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args, self.accelerator.autocast)
         return Refiner(
@@ -187,10 +189,15 @@ class BilevelSetup(SFTTrainer):
             stop_ids,
             reward_funcs,
             args.max_length,
-            context_length(self.model),
+            self._generation_context_length(),
             batch_size,
             args,
         )
+
+    def _generation_context_length(self) -> int | None:
+        """Tokens that both the model and what generates with it can read, `None` if there is no limit."""
+        limits = [context_length(self.model), self.args.vllm_max_model_length]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _generation_log_probs(self, examples: list[dict[str, list[int]]]) -> list[list[float]]:
         """Of labelled tokens under the model as it is now, by the forward pass of training."""

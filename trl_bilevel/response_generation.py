@@ -211,6 +211,8 @@ class VLLMGenerator:
         stop_ids (`list[int]`): tokens that end a response.
         config ([`~trl_bilevel.refinement_config.RefinementConfig`]): sampling and vLLM options.
         batch_size (`int`): questions that vLLM answers at a time.
+        trust_remote_code (`bool`): whether a colocated vLLM may run code that comes with the model, as in
+            [`~trl.SFTConfig`].
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class VLLMGenerator:
         stop_ids: list[int],
         config: RefinementConfig,
         batch_size: int,
+        trust_remote_code: bool = False,
     ):
         self.num_responses = config.num_refined_responses
         self.stop_ids = stop_ids
@@ -237,6 +240,7 @@ class VLLMGenerator:
             max_model_length=config.vllm_max_model_length,
             max_num_seqs=batch_size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
+            trust_remote_code=trust_remote_code,
             temperature=config.sampling_temperature,
             top_p=config.refine_top_p,
             max_completion_length=config.refine_max_new_tokens,
