@@ -46,6 +46,11 @@ def check_arguments(
         )
     if reward_funcs is not None and args.refine_ratio == 0:
         raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
+    if args.ignore_data_skip and args.refine_ratio > 0:
+        raise ValueError(
+            f"`ignore_data_skip=True` is not supported with `refine_ratio={args.refine_ratio}`: a resumed run starts "
+            "its epoch again, and would give its steps the answers of earlier ones. Leave it out."
+        )
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError(
             "`activation_offloading=True` needs an accelerator to offload from, and there is none here. Leave it out."
