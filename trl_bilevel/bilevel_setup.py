@@ -1,14 +1,17 @@
 """What a bilevel run needs besides the model: its checks, the value function, the refiner."""
 
+import hashlib
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from trl import SFTTrainer
 
 from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
+from .dataset_checks import hash_rows
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refinement import Refiner
 from .response_checks import RewardFunc
@@ -59,6 +62,8 @@ def check_arguments(
 
 class BilevelSetup(SFTTrainer):
     """What [`BilevelSFTTrainer`] builds once TRL has prepared the model."""
+
+    validation_dataset: Dataset
 
     def _refuse_unsupported_setup(self) -> None:
         if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -197,7 +202,14 @@ class BilevelSetup(SFTTrainer):
             self._generation_context_length(),
             batch_size,
             args,
+            self._validation_fingerprint(),
         )
+
+    def _validation_fingerprint(self) -> str:
+        names = ("input_ids", "chosen_input_ids", "rejected_input_ids")
+        hashes = [hash_rows(self.validation_dataset, name) for name in names]
+        digest = hashlib.sha256(b"".join(rows.tobytes() for rows in hashes if rows is not None))
+        return digest.hexdigest()[:16]
 
     def _generation_context_length(self) -> int | None:
         """Tokens that both the model and what generates with it can read, `None` if there is no limit."""
