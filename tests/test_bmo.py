@@ -1,9 +1,11 @@
 """BMO against the merit function it is the gradient of."""
 
+import copy
 import math
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from trl_bilevel import DataSelector
 from trl_bilevel.losses import closed_form_log_weights
@@ -75,6 +77,22 @@ def test_accumulation_takes_one_extra_forward_per_micro_batch_and_a_single_batch
         trainer.train()
         assert len(calls) == forwards
         assert calls.count(False) == (0 if steps == 1 else 6)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_dropout_of_the_extra_forward_resumes(make_trainer, stop_at):
+    """Within an epoch, at its end, within the next: Trainer restores the random state only after that forward."""
+    options = {
+        "peft_config": LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "selection_method": "bmo", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    unbroken = make_trainer(**copy.deepcopy(options))
+    unbroken.train()
+    resumed = make_trainer(**copy.deepcopy(options), output_dir=unbroken.args.output_dir + "-resumed")
+    resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-{stop_at}")
+    assert torch.equal(resumed.data_selector.weights(), unbroken.data_selector.weights())
+    first, second = (dict(trainer.model.named_parameters()) for trainer in (unbroken, resumed))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_row_with_nan_loss_does_not_stop_bmo(make_trainer, build_model, tokenizer, train_dataset):

@@ -184,7 +184,12 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
     ),
     "metric_for_best_model": Same("eval_mean_token_accuracy", BEST),
     "greater_is_better": Same(True, BEST),
-    "ignore_data_skip": ShownBy(("resumed_as_sft_resumes",)),
+    "ignore_data_skip": Refused(
+        {"ignore_data_skip": True, "refine_ratio": 0.5},
+        "`ignore_data_skip=True` is not supported with `refine_ratio=0.5`",
+        ("resumed_as_sft_resumes", "test_streamed_training.py::test_what_a_stream_cannot_do"),
+        "with refinement and with a stream, which count the steps and rows of the whole run",
+    ),
     "restore_callback_states_from_checkpoint": ShownBy(("resumed_as_sft_resumes",)),
     "full_determinism": Same(True, changes=False),
     "seed": Same(8),

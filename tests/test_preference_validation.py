@@ -188,3 +188,30 @@ def test_wrong_kind_of_validation_rows(make_trainer, options, columns, message):
 def test_bad_options(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+def _with_nan(rows, token="#"):
+    """Pairs of which some have a token whose embedding is NaN."""
+    pairs = _pairs()
+    return pairs.map(lambda pair, row: {"prompt": pair["prompt"] + token * (row in rows)}, with_indices=True)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (range(6), "All 6 pairs of `validation_dataset` have a NaN or infinite loss"),
+        ([0, 2, 3], r"`validation_dataset` has 3 rows to train on, fewer than one batch of 4 .*accumulation steps"),
+    ],
+)
+def test_too_few_pairs_with_a_reference_are_refused_before_training(
+    make_trainer, build_model, tokenizer, broken, message
+):
+    model = build_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("#")] = torch.nan
+    options = {"model": model, "validation_dataset": _with_nan(broken), "validation_loss_type": "dpo"}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+    if len(broken) < 6:
+        trainer = make_trainer(**options, per_device_validation_batch_size=3, max_steps=1)
+        assert len(trainer.validation_dataset) == 3

@@ -214,6 +214,45 @@ def test_sampling_options_reach_the_sampler(build_model, tokenizer, prompts, mon
     assert responses[0] != responses[1]
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_models_own_generation_config_has_no_say(build_model, tokenizer, prompts, wrapped, temperature):
+    """Whatever it sets and ours does not: the responses are those of a model without any of it."""
+    sampling = {"refine_temperature": temperature, "num_refined_responses": 1 + temperature}
+    model = build_model()
+    free = _generator(model, tokenizer, **sampling).generate(prompts, seed=0)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    suppressed = sorted({token for response in free for token in response[:2]})
+    model.generation_config.update(
+        suppress_tokens=suppressed, no_repeat_ngram_size=2, min_p=0.9, min_new_tokens=4, typical_p=0.1,
+        bad_words_ids=[[token] for token in suppressed], sequence_bias=[[[suppressed[0]], -50.0]], num_beams=2,
+    )  # fmt: skip
+    own = model.generation_config
+    assert _generator(model, tokenizer, **sampling).generate(prompts, seed=0) == free
+    assert model.generation_config is own
+    assert own.suppress_tokens == suppressed
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+def test_the_models_own_generation_config_is_restored_after_an_error(
+    build_model, tokenizer, prompts, wrapped, monkeypatch
+):
+    model = build_model()
+    own = model.generation_config
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(type(build_model()), "forward", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        _generator(model, tokenizer).generate(prompts, seed=0)
+    assert model.generation_config is own
+    assert "generation_config" not in vars(model) or not wrapped
+
+
 def test_temperature_sharpens_as_the_softmax_says(build_model, tokenizer):
     """Frequencies of the first token against softmax(logits / T), the nucleus cut off."""
     model = build_model()
@@ -320,6 +359,26 @@ def test_vllm_is_wired_as_in_trl(monkeypatch, build_model, tokenizer):
     assert generator.generate([[5], [5, 6]], seed=10) == [[1, 10], [1, 11], [2, 10], [2, 11]]
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_vllm_gets_no_longer_sequences_and_no_more_trust_than_the_options_say(
+    monkeypatch, make_trainer, tokenizer, train_dataset, trusted
+):
+    """The model itself could read longer prompts."""
+    limit = sorted(len(tokenizer(prompt)["input_ids"]) for prompt in train_dataset["prompt"])[12]
+    monkeypatch.setattr("trl_bilevel.response_generation.VLLMGeneration", _FakeVLLM)
+    trainer = make_trainer(
+        refine_ratio=1.0, use_vllm=True, vllm_max_model_length=limit, refine_max_new_tokens=8,
+        trust_remote_code=trusted,
+    )  # fmt: skip
+    assert trainer.refiner.generator.vllm.options["trust_remote_code"] is trusted
+    questions = [trainer.refiner.reader.read(row) for row in range(24)]
+    fitting = {question.row for question in questions if len(question.prompt_ids) < limit}
+    assert 0 < len(fitting) < 24
+    kept = trainer.refiner._questions(list(range(24)))
+    assert {question.row for question in kept} == fitting
+    assert all(len(q.prompt_ids) + trainer.refiner._room(q) <= limit for q in kept)
+
+
 def test_vllm_options_exist_in_trl():
     """The real bridge's constructor takes every option by the name it is given."""
     import inspect
@@ -329,7 +388,7 @@ def test_vllm_options_exist_in_trl():
     given = {
         "model", "accelerator", "processing_class", "mode", "server_base_url", "server_timeout", "group_port",
         "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode",
-        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs",
+        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs", "trust_remote_code",
     }  # fmt: skip
     assert given <= set(inspect.signature(VLLMGeneration.__init__).parameters)
     assert {"prompts", "images", "num_generations"} <= set(inspect.signature(VLLMGeneration.generate).parameters)

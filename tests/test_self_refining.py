@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, SelfRefiningCollator
 from trl_bilevel.losses import closed_form_log_weights
 from trl_bilevel.refined_responses import ResponseStore
+from trl_bilevel.refinement import Candidates
 
 
 # The tiny models are untrained: nearly every response runs into the length limit, and is used all the same
@@ -427,7 +428,7 @@ def _assert_same_run(first, second):
     [({}, (1, 2, 3, 5, 6, 9)), ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, (2, 5, 6)),
      ({"dataloader_num_workers": 2}, (2, 5)),
      ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}, (2, 5)),
-     ({"selection_method": "bmo", "gradient_accumulation_steps": 2}, (3,))],
+     ({"selection_method": "bmo", "gradient_accumulation_steps": 2}, (1, 2, 3, 4))],
     ids=["plain", "accumulation", "workers", "persistent workers", "bmo"],
 )  # fmt: skip
 def test_resumed_run_equals_the_unbroken_one(make_trainer, options, stops):
@@ -521,6 +522,45 @@ def test_changed_settings_are_not_mixed_with_what_was_generated_before(make_trai
     for response in again.response_store.table().to_pylist():
         temperature = json.loads(response["settings"])["refine_temperature"]
         assert temperature == (1.0 if response["step"] < 4 else 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"validation_weight": 0.4}, {"selector_learning_rate": 3.0}, {"filter_ratio": 0.5}, {"weight_decay": 0.3},
+        {"gradient_accumulation_steps": 2, "max_steps": 12}, {"validation_dataset": prompt_completion_rows(10, 2000)},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_run_that_goes_on_otherwise_takes_no_answers_of_the_first_attempt(make_trainer, change):
+    """Each refresh after the checkpoint is made anew, by the model as it is then."""
+    options = {**RECOVERY, "save_steps": 4, "max_steps": 12}
+    first = make_trainer(**options)
+    first.train()
+    again = make_trainer(**{**options, **change}, output_dir=first.args.output_dir)
+    steps, answer = [], again.refiner._answer
+    again.refiner._answer = lambda questions, step, *rest: steps.append(step) or answer(questions, step, *rest)
+    again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-4")
+    assert sorted(set(steps)) == [5, 8]
+
+
+def test_a_refresh_of_other_rows_is_made_anew(make_trainer, tmp_path):
+    """The same options, but the run came to the step another way: what is there of it is removed, and not used."""
+    trainer = make_trainer(**REFINE, max_steps=12)
+    store = ResponseStore(tmp_path / "responses")
+    candidates = Candidates(torch.ones(24).bool().numpy(), scores=torch.arange(24.0).numpy())
+    first = trainer.refiner.refresh(store, 6, candidates)
+    store.write_part(6, 0, first.slice(0, 2))
+    asked, answer = [], trainer.refiner._answer
+    trainer.refiner._answer = lambda them, *rest: asked.extend(each.row for each in them) or answer(them, *rest)
+    resumed = ResponseStore(tmp_path / "responses")
+    assert trainer.refiner.refresh(resumed, 6, candidates).equals(first)
+    assert asked == []
+    other = ResponseStore(tmp_path / "responses")
+    table = trainer.refiner.refresh(other, 6, candidates._replace(scores=-candidates.scores))
+    assert sorted(asked) == list(range(12, 24)) == sorted(set(table.column("row").to_pylist()))
+    assert other.table().equals(table)
+    assert other.read_plan(6).rows == list(range(12, 24))
 
 
 def test_checkpoint_holds_every_response_and_its_origin(make_trainer):

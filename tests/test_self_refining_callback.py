@@ -127,6 +127,8 @@ def test_reward_functions_decide(make_sft):
         ({"refine_ratio": 0.0, "refine_mode": "random"}, "refines nothing"),
         ({"importance_ratio_clip": 5.0}, "plain trainer"),
         ({"use_vllm": True}, "plain trainer"),
+        ({"num_refined_responses": 4}, "`num_refined_responses=4` cannot be honoured in a plain trainer"),
+        ({"refine_prompt_template": "{{ prompt }}!"}, "`refine_prompt_template='{{ prompt }}!'` cannot be honoured"),
     ],
 )
 def test_what_a_plain_trainer_cannot_honour_is_refused(refine, message):

@@ -227,6 +227,7 @@ STREAM = rows_with_ids(24).to_iterable_dataset()
         ({"sample_id_column": "prompt"}, ValueError, "is text or tokens, which preparation changes"),
         ({"packing": True}, ValueError, "`packing=True` is not supported with a stream.*`padding_free=True`"),
         ({"refine_ratio": 0.1}, ValueError, "`refine_ratio=0.1` is not supported with a stream"),
+        ({"ignore_data_skip": True}, ValueError, "`ignore_data_skip=True` is not supported with a stream"),
         ({"source_column": "prompt"}, ValueError, "`source_column='prompt'` is not supported with a stream"),
         ({"selector_optimizer": "adam"}, ValueError, "`selector_optimizer='adam'` is not supported with a stream"),
         ({"validation_weight_decay": 0.1}, ValueError, "`validation_weight_decay=0.1` is not supported"),

@@ -1,14 +1,17 @@
 """What a bilevel run needs besides the model: its checks, the value function, the refiner."""
 
+import hashlib
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from trl import SFTTrainer
 
 from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
+from .dataset_checks import hash_rows
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refinement import Refiner
 from .response_checks import RewardFunc
@@ -46,6 +49,11 @@ def check_arguments(
         )
     if reward_funcs is not None and args.refine_ratio == 0:
         raise ValueError("`reward_funcs` has no effect without refinement. Set `refine_ratio`, or leave it out.")
+    if args.ignore_data_skip and args.refine_ratio > 0:
+        raise ValueError(
+            f"`ignore_data_skip=True` is not supported with `refine_ratio={args.refine_ratio}`: a resumed run starts "
+            "its epoch again, and would give its steps the answers of earlier ones. Leave it out."
+        )
     if args.activation_offloading and not torch.accelerator.is_available():
         raise ValueError(
             "`activation_offloading=True` needs an accelerator to offload from, and there is none here. Leave it out."
@@ -54,6 +62,8 @@ def check_arguments(
 
 class BilevelSetup(SFTTrainer):
     """What [`BilevelSFTTrainer`] builds once TRL has prepared the model."""
+
+    validation_dataset: Dataset
 
     def _refuse_unsupported_setup(self) -> None:
         if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -78,6 +88,25 @@ class BilevelSetup(SFTTrainer):
             raise ValueError(
                 "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
                 f"Use data parallelism only, got {parallelism}."
+            )
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            self._refuse_unsupported_prompt_learning(self.model.active_peft_config.peft_type.value)
+
+    def _refuse_unsupported_prompt_learning(self, adapter: str) -> None:
+        """Virtual tokens come before a row's own, and are no part of its inputs: positions in the outputs move."""
+        for name, default in (("refine_ratio", 0), ("amortized_selector", False), ("packing", False)):
+            value = getattr(self.args, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}={value!r}` is not supported with prompt learning, got an adapter of type {adapter!r}: "
+                    f"its virtual tokens move the positions of a row's own. Use `{name}={default!r}`, or another "
+                    "adapter, for instance `peft_config=LoraConfig(...)`."
+                )
+        if self.padding_free:
+            raise ValueError(
+                f"`padding_free=True` is not supported with prompt learning, got an adapter of type {adapter!r}: its "
+                "virtual tokens come before the first of the rows that share a sequence, not before each. Use "
+                "`padding_free=False`, or another adapter, for instance `peft_config=LoraConfig(...)`."
             )
 
     def _resolve_value_function(self) -> bool:
@@ -156,7 +185,9 @@ class BilevelSetup(SFTTrainer):
         batch_size = args.refine_batch_size or 4 * args.per_device_train_batch_size
         generator: ResponseGenerator
         if args.use_vllm:
-            generator = VLLMGenerator(self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size)
+            generator = VLLMGenerator(
+                self.model, self.accelerator, self._tokenizer, stop_ids, args, batch_size, args.trust_remote_code
+            )
         else:
             generator = TransformersGenerator(self.model, self._tokenizer, stop_ids, args, self.accelerator.autocast)
         return Refiner(
@@ -168,10 +199,22 @@ class BilevelSetup(SFTTrainer):
             stop_ids,
             reward_funcs,
             args.max_length,
-            context_length(self.model),
+            self._generation_context_length(),
             batch_size,
             args,
+            self._validation_fingerprint(),
         )
+
+    def _validation_fingerprint(self) -> str:
+        names = ("input_ids", "chosen_input_ids", "rejected_input_ids")
+        hashes = [hash_rows(self.validation_dataset, name) for name in names]
+        digest = hashlib.sha256(b"".join(rows.tobytes() for rows in hashes if rows is not None))
+        return digest.hexdigest()[:16]
+
+    def _generation_context_length(self) -> int | None:
+        """Tokens that both the model and what generates with it can read, `None` if there is no limit."""
+        limits = [context_length(self.model), self.args.vllm_max_model_length]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _generation_log_probs(self, examples: list[dict[str, list[int]]]) -> list[list[float]]:
         """Of labelled tokens under the model as it is now, by the forward pass of training."""

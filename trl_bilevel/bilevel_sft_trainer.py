@@ -170,6 +170,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             )
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
+            self._set_validation_batch_size()  # again: some pairs may have been left out
         self.value_function = self._build_value_function() if has_value_function else None
         self.amortized_selector = None
         if args.amortized_selector:

@@ -28,6 +28,7 @@ from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_LENGTHS, ROW_OF_SEQUE
 from .preference_pairs import REFERENCE_NLL
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
+from .response_generation import batch_seed, random_state_kept
 from .row_gathering import RowGathering
 from .selection_methods import build_selection
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
@@ -119,7 +120,7 @@ class BilevelStep(RowGathering):
             elif len(batches) > 1:
                 # The weights compare the losses of all micro-batches, which are not known before the first backward
                 # pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
-                row_means = torch.cat([self._row_means_without_gradient(batch) for batch in batches])
+                row_means = torch.cat([self._row_means_without_gradient(*item) for item in enumerate(batches)])
                 self._weigh_rows(batches, self._selected_weights(row_means))
             if self.value_function is not None:
                 self._weigh_value_function_rows(batches)
@@ -226,11 +227,14 @@ class BilevelStep(RowGathering):
         return self._selection.weights(self.data_selector, self._step_sample_indices, row_means)
 
     @torch.no_grad()
-    def _row_means_without_gradient(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _row_means_without_gradient(self, number: int, batch: dict[str, Any]) -> torch.Tensor:
         self.model.train()
         rows: StepRows = batch[STEP_ROWS]
         inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != STEP_ROWS})
-        with self.compute_loss_context_manager():
+        # Trainer restores a checkpoint's random state only after this: dropout must neither read it nor move it
+        number = number * self.args.world_size + self.args.process_index
+        seed = batch_seed(self.args.seed, self.state.global_step, number)
+        with random_state_kept(self.args.device, seed), self.compute_loss_context_manager():
             _, losses = self._forward(self.model_wrapped, inputs, rows.layout)
         return rows.row_means(losses.mean[: rows.num_sequences].float().cpu())
 

@@ -96,6 +96,9 @@ def add_reference_likelihoods(
         collator (`Callable`): makes a batch of rows.
         row_losses_of (`Callable`): the reference model's losses of the rows of a batch.
         batch_size (`int`): pairs per forward pass.
+
+    Raises:
+        `ValueError`: if no pair has a finite loss.
     """
     columns: dict[str, list[float]] = {f"{side}_{REFERENCE_NLL}": [] for side in _SIDES}
     batches = range(0, len(pairs), batch_size)
@@ -111,6 +114,12 @@ def add_reference_likelihoods(
     finite = [
         index for index, sides in enumerate(zip(*columns.values(), strict=True)) if all(map(math.isfinite, sides))
     ]
+    if not finite:
+        raise ValueError(
+            f"All {len(pairs)} pairs of `validation_dataset` have a NaN or infinite loss under the reference, so none "
+            "is left to train on. Check the model: its parameters may be broken, or overflow in its precision; try "
+            "`bf16=True` or fp32."
+        )
     if len(finite) < len(pairs):
         logger.warning(
             f"{len(pairs) - len(finite)} of {len(pairs)} validation pairs have a NaN or infinite loss under the "

@@ -170,6 +170,12 @@ class ResponseStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._plan_path(step), lambda path: path.write_text(json.dumps(plan._asdict())))
 
+    def discard(self, step: int) -> None:
+        """Remove all that is on disk of a refresh that is not read yet; its plan last, by which it is known."""
+        for path in self.folder.glob(f"refresh-{step:08d}*.arrow"):
+            path.unlink(missing_ok=True)
+        self._plan_path(step).unlink(missing_ok=True)
+
     def read_part(self, step: int, part: int) -> pa.Table | None:
         """Responses of one batch of a refresh, if they were generated before."""
         path = self._part_path(step, part)

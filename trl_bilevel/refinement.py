@@ -6,8 +6,6 @@ Every process generates its share of the batches and keeps it on disk at once; t
 number of processes.
 """
 
-import hashlib
-import inspect
 import json
 import math
 from collections import Counter
@@ -26,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from .refine_prompts import Question, QuestionReader, decode_response, visible_answer
 from .refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
 from .refinement_config import RefinementConfig
+from .refinement_settings import refinement_settings
 from .response_checks import FLAWS, RewardFunc, find_flaws, sum_rewards
 from .response_generation import ResponseGenerator, VLLMGenerator, batch_seed
 
@@ -33,7 +32,6 @@ from .response_generation import ResponseGenerator, VLLMGenerator, batch_seed
 logger = get_logger(__name__)
 
 _FEWEST_FOR_COLLAPSE = 4
-_DECIDING_OPTIONS = ("seed", "learning_rate", "max_steps", "num_train_epochs")
 
 
 class Candidates(NamedTuple):
@@ -123,6 +121,7 @@ class Refiner:
         context_length (`int`, *optional*): tokens that the model can read.
         batch_size (`int`): questions per call of the generator.
         training (`TrainingArguments`): of the run; its seed is that of the choice and the sampling.
+        validation_rows (`str`): fingerprint of the trusted rows, where there are any.
     """
 
     def __init__(
@@ -138,6 +137,7 @@ class Refiner:
         context_length: int | None,
         batch_size: int,
         training: TrainingArguments,
+        validation_rows: str = "",
     ):
         self.config = config
         self.reader = reader
@@ -152,18 +152,13 @@ class Refiner:
         self.seed = training.seed
         self.show_progress = not training.disable_tqdm
         self._training = training
+        self.validation_rows = validation_rows
 
     @property
     def settings(self) -> str:
         """Digest of the options that decide on the responses of a run: with others they must not be mixed."""
-        training = {name: getattr(self._training, name) for name in _DECIDING_OPTIONS}
-        names = [function.__qualname__ for function in self.reward_funcs if inspect.isfunction(function)]
-        options = {name: getattr(self.config, name) for name in RefinementConfig.__dataclass_fields__}
-        # Whatever only says how a response is trained on
-        for name in ("importance_ratio_clip", "importance_sampling_level"):
-            del options[name]
-        digest = hashlib.sha256(repr([training, options, names, self.batch_size, self.max_length]).encode())
-        return digest.hexdigest()[:8]
+        others = (self.batch_size, self.max_length, self.validation_rows)
+        return refinement_settings(self.config, self._training, self.reward_funcs, *others)
 
     def refresh(self, store: ResponseStore, step: int, candidates: Candidates) -> pa.Table:
         """
@@ -206,19 +201,26 @@ class Refiner:
 
     def _plan(self, store: ResponseStore, step: int, candidates: Candidates) -> tuple[RefreshPlan, pa.Table | None]:
         """The plan of the refresh, and its responses if it is complete already; the main process decides."""
-        decision: list[Any] = [None, None]
+        decision: list[Any] = [None, None, False]
         if PartialState().is_main_process:
-            plan = store.read_plan(step)
-            if plan is not None:
+            rows = choose_rows(candidates, self.config, self.seed)
+            plan, complete = store.read_plan(step), None
+            outdated = plan is not None and plan.rows != rows.tolist()
+            if plan is not None and plan.rows == rows.tolist():
                 complete = store.read_refresh(step)
                 logger.info(f"Step {step}: going on with a refresh that was begun before this run was interrupted.")
             else:
-                rows = choose_rows(candidates, self.config, self.seed)
                 weights = None if candidates.weights is None else candidates.weights[rows].tolist()
-                plan, complete = RefreshPlan(rows.tolist(), weights), None
-                store.write_plan(step, plan)
-            decision = [plan, complete]
+                plan = RefreshPlan(rows.tolist(), weights)
+            decision = [plan, complete, outdated]
         broadcast_object_list(decision)
+        state = PartialState()
+        if decision[2]:  # an attempt that had come to this step another way: another model's answers
+            if state.is_local_main_process:
+                store.discard(step)
+            state.wait_for_everyone()
+        if state.is_main_process and decision[1] is None:
+            store.write_plan(step, decision[0])
         return decision[0], decision[1]
 
     def _questions(self, rows: list[int]) -> list[Question]:

@@ -1,5 +1,6 @@
 """Generating responses with the model that is being trained, or with vLLM, and leaving the training as it was."""
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,12 +47,11 @@ def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     training = [(module, module.training) for module in model.modules()]
     checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
-    devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
         for module in checkpointing:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), random_state_kept(device):
             yield
     finally:
         for module, was_training in training:
@@ -60,8 +60,36 @@ def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
+@contextmanager
+def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """What is drawn inside changes nothing outside; with a `seed` it depends on nothing outside either."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def own_generation_config_aside(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """
+    `config` in place of the model's own, which `generate` takes whatever `config` does not set from.
+
+    `suppress_tokens`, `min_p` and the like would have responses come from another distribution than the one whose
+    log-probabilities are kept with them. PEFT's wrappers have none and read that of the model inside.
+    """
+    name = "generation_config"
+    own = {module: vars(module)[name] for module in model.modules() if name in vars(module)}
+    try:
+        for module in own:
+            module.generation_config = config
+        yield
+    finally:
+        for module, generation_config in own.items():
+            module.generation_config = generation_config
+
+
 def batch_seed(seed: int, step: int, batch: int) -> int:
-    """A seed of its own for every batch of every refresh, whichever process generates it."""
+    """A seed of its own for every batch of every step, whichever process draws by it."""
     return int(np.random.SeedSequence([seed, step, batch]).generate_state(1)[0])
 
 
@@ -96,7 +124,6 @@ class TransformersGenerator:
         has_router = "output_router_logits" in model.config.get_text_config().to_dict()
         self.model_options = {"output_router_logits": False} if has_router else {}
         sampling = {"temperature": config.sampling_temperature, "top_p": config.refine_top_p, "top_k": 0}
-        # Every option by its name: the model's own generation config must not decide on the sampling
         self.generation_config = GenerationConfig(
             max_new_tokens=config.refine_max_new_tokens,
             num_return_sequences=config.num_refined_responses,
@@ -128,18 +155,14 @@ class TransformersGenerator:
         inputs = [torch.tensor(prompt, device=device) for prompt in prompts]
         input_ids = pad(inputs, padding_value=self.pad_token_id, padding_side="left")  # (P, L)
         attention_mask = pad([torch.ones_like(prompt) for prompt in inputs], padding_value=0, padding_side="left")
-        new_tokens = self.generation_config.max_new_tokens
+        config = copy.deepcopy(self.generation_config)
         if self.context_length is not None:
-            new_tokens = min(new_tokens, self.context_length - input_ids.shape[1])
+            config.max_new_tokens = min(config.max_new_tokens, self.context_length - input_ids.shape[1])
         # PEFT generates with the inner model, past the forward that accelerate has prepared
-        with ready_to_generate(self.model), self.autocast():
+        with ready_to_generate(self.model), own_generation_config_aside(self.model, config), self.autocast():
             torch.manual_seed(seed)
             outputs = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=self.generation_config,
-                max_new_tokens=new_tokens,
-                **self.model_options,
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **self.model_options
             )  # (P * G, L + new tokens)
         return [self._until_stop(response) for response in outputs[:, input_ids.shape[1] :].tolist()]
 
@@ -188,6 +211,8 @@ class VLLMGenerator:
         stop_ids (`list[int]`): tokens that end a response.
         config ([`~trl_bilevel.refinement_config.RefinementConfig`]): sampling and vLLM options.
         batch_size (`int`): questions that vLLM answers at a time.
+        trust_remote_code (`bool`): whether a colocated vLLM may run code that comes with the model, as in
+            [`~trl.SFTConfig`].
     """
 
     def __init__(
@@ -198,6 +223,7 @@ class VLLMGenerator:
         stop_ids: list[int],
         config: RefinementConfig,
         batch_size: int,
+        trust_remote_code: bool = False,
     ):
         self.num_responses = config.num_refined_responses
         self.stop_ids = stop_ids
@@ -214,6 +240,7 @@ class VLLMGenerator:
             max_model_length=config.vllm_max_model_length,
             max_num_seqs=batch_size,
             enable_sleep_mode=config.vllm_enable_sleep_mode,
+            trust_remote_code=trust_remote_code,
             temperature=config.sampling_temperature,
             top_p=config.refine_top_p,
             max_completion_length=config.refine_max_new_tokens,

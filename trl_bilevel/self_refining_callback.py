@@ -31,7 +31,14 @@ from .self_refining_collator import SelfRefiningCollator
 
 logger = get_logger(__name__)
 
-_BILEVEL_ONLY = ("importance_ratio_clip", "importance_sampling_level", "use_vllm")
+# Without a row's weight G responses would make it count G times; prepared rows have no text for a template
+_BILEVEL_ONLY = (
+    "importance_ratio_clip",
+    "importance_sampling_level",
+    "num_refined_responses",
+    "refine_prompt_template",
+    "use_vllm",
+)
 
 
 def row_key(row: dict[str, Any]) -> int:
@@ -85,7 +92,7 @@ class SelfRefiningCallback(TrainerCallback):
         for name in _BILEVEL_ONLY:
             if getattr(config, name) != RefinementConfig.__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"`{name}={getattr(config, name)!r}` has no effect in a plain trainer. Leave it out, or use "
+                    f"`{name}={getattr(config, name)!r}` cannot be honoured in a plain trainer. Leave it out, or use "
                     "BilevelSFTTrainer."
                 )
         if config.refine_reward_threshold != 0 and reward_funcs is None:
@@ -114,7 +121,7 @@ class SelfRefiningCallback(TrainerCallback):
                 "Self-refining generation is not supported with DeepSpeed or FSDP yet: a process cannot generate with "
                 "a model that is spread over others."
             )
-        reader = _KeyedQuestionReader(dataset.with_format(None), tokenizer, None, self.config.refine_prompt_template)
+        reader = _KeyedQuestionReader(dataset.with_format(None), tokenizer, None, None)
         check_refinable(reader, False, self.reward_funcs)
         keys = np.array([row_key({"input_ids": tokens}) for tokens in dataset.with_format(None)["input_ids"]])
         refinable = np.zeros(len(dataset), dtype=bool)

@@ -49,6 +49,7 @@ def check_stream(stream: IterableDataset, args: BilevelSFTConfig, data_selector:
 def _unsupported(args: BilevelSFTConfig) -> list[tuple[str, Any, str]]:
     """Options in the way, their values, and what to do instead."""
     load = "Load the rows without `streaming=True`, or "
+    skip = "A resumed run would count rows twice that it reads again: leave it out."
     steps = "An epoch of a stream is the whole training: use 'steps'."
     found = [
         ("packing", args.packing, False, load + "use `padding_free=True`."),
@@ -56,6 +57,7 @@ def _unsupported(args: BilevelSFTConfig) -> list[tuple[str, Any, str]]:
         ("source_column", args.source_column, None, load + "leave it out."),
         ("selector_optimizer", args.selector_optimizer, "mirror_descent", "Use 'mirror_descent'."),
         ("validation_weight_decay", args.validation_weight_decay, 0, load + "leave it out."),
+        ("ignore_data_skip", args.ignore_data_skip, False, skip),
     ]
     unsupported = [(name, value, cure) for name, value, supported, cure in found if value != supported]
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
