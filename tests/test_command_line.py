@@ -241,6 +241,14 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
     ("options", "message"),
     [
         ([], "error: `--validation_dataset_name` is missing. Name the dataset you trust."),
+        (
+            ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "{new}"],
+            "error: `resume_from_checkpoint='{new}'` is no folder.",  # and not that of the dataset, which comes later
+        ),
+        (
+            ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "True"],
+            "error: No valid checkpoint found in ",
+        ),
         (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file or folder here"),
     ],
 )

@@ -198,7 +198,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             *args, **kwargs: as in Trainer.
 
         Raises:
-            `ValueError`: if the checkpoint is torn or damaged, naming the file, or belongs to other rows or options.
+            `ValueError`: if there is no such checkpoint, if it is torn or damaged, naming the file, or if it belongs
+                to other rows or options.
         """
         resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         if self.refiner is not None:
