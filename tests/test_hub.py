@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel
 import trl_bilevel.hub
 from trl_bilevel import load_curated_dataset
 from trl_bilevel.cli import main
-from trl_bilevel.hub import PublishError
+from trl_bilevel.hub import PublishError, publish_curated_dataset
 from trl_bilevel.run_records import curate_run, describe_dataset
 from trl_bilevel.scripts import sft
 
@@ -317,6 +317,25 @@ def test_splits_are_kept_side_by_side(hub, trained, make_trainer):
     assert len(_load()) == 12
     assert len(load_dataset(REPO, split="validation")) == 6
     assert load_dataset(REPO, "scores").keys() == {"train", "validation"}
+
+
+@pytest.mark.parametrize(
+    ("split", "num_rows", "keep_ratio", "num_stricter"),
+    [("train", 24, 0.5, 6), ("train_sft", 24, 0.5, 6), ("train", 24, 1 / 24, 1), ("train", 1000, 0.001, 1)],
+)
+def test_code_in_a_card_runs(hub, trained, split, num_rows, keep_ratio, num_stricter):
+    rank = np.random.default_rng(0).permutation(num_rows) + 1
+    scores = {"weight": 2 * (1 - rank / num_rows), "rank": rank, "scored": rank > 0}
+    rows = prompt_completion_rows(num_rows).to_dict()
+    source = {"sample_id": list(range(num_rows)), "response_source": ["original"] * num_rows}
+    scored = Dataset.from_dict({**rows, **source, **scores}, split=split)
+    publish_curated_dataset(scored, trained._run_facts, REPO, keep_ratio=keep_ratio)
+    found = {}
+    for code in re.findall(r"```python\n(.*?)```", _card(hub).text, flags=re.DOTALL):
+        exec(code, found)
+    assert len(found["dataset"]) == round(keep_ratio * num_rows)
+    assert len(found["scores"]) == num_rows
+    assert sorted(found["stricter"]["rank"]) == list(range(1, num_stricter + 1))
 
 
 def test_card_that_cannot_be_read_is_not_written_over(hub, trained):

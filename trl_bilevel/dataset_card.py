@@ -89,7 +89,7 @@ def build_card(
         "source": source_text(training),
         "validation": source_text(validation),
         "figure": FIGURE_PATH,
-        "stricter": round(max(0.01, num_kept / len(scored) / 2), 2),
+        "stricter": _stricter_ratio(num_kept, len(scored)),
         "source_columns": [escape(name) for name in scored.column_names if name not in _CURATION_COLUMNS],
         "base_model": facts["base_model"],
         "method": facts["method"],
@@ -102,6 +102,21 @@ def build_card(
     template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
     ours = Environment(keep_trailing_newline=True, trim_blocks=True).from_string(template).render(values)
     return _merge(metadata, ours, old_card)
+
+
+def _stricter_ratio(num_kept: int, num_rows: int) -> float:
+    """
+    A `keep_ratio` for half of the published rows, at least one; two digits are near enough not to ask for more.
+
+    Example:
+
+    ```python
+    >>> _stricter_ratio(700, 1000), _stricter_ratio(1, 3), _stricter_ratio(2, 30_000)
+    (0.35, 0.33, 3.3e-05)
+
+    ```
+    """
+    return float(f"{max(1, num_kept // 2) / num_rows:.2g}")
 
 
 def _tags(card: DatasetCard | None) -> list[str]:
