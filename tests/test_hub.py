@@ -319,6 +319,21 @@ def test_splits_are_kept_side_by_side(hub, trained, make_trainer):
     assert load_dataset(REPO, "scores").keys() == {"train", "validation"}
 
 
+def test_split_without_refined_rows_leaves_those_of_another(hub, make_trainer):
+    refine = {"refine_ratio": 0.5, "refine_start_step": 0, "refine_max_new_tokens": 4, "refine_discard_flawed": False}
+    for split, options in (("train", refine), ("validation", {}), ("train", {})):
+        rows = Dataset.from_list(prompt_completion_rows(24).to_list(), split=split)
+        trainer = make_trainer(train_dataset=rows, **options)
+        trainer.train()
+        trainer.push_curated_dataset(REPO)
+        configs = {config["config_name"]: config for config in _card(hub).data.to_dict()["configs"]}
+        if split == "train" and not options:  # its refined rows are no more, and there are no others
+            assert configs.keys() == {"curated", "scores"}
+        else:
+            assert len(_load("refined", download_mode="force_redownload")) > 0
+            assert [entry["split"] for entry in configs["refined"]["data_files"]] == ["train"]
+
+
 @pytest.mark.parametrize(
     ("split", "num_rows", "keep_ratio", "num_stricter"),
     [("train", 24, 0.5, 6), ("train_sft", 24, 0.5, 6), ("train", 24, 1 / 24, 1), ("train", 1000, 0.001, 1)],

@@ -150,12 +150,18 @@ def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) ->
 
 def _merge_configs(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours, with the splits that other runs published, then those of others."""
+    published = {entry["split"] for config in ours for entry in config["data_files"]}
+    new, old = ({config["config_name"]: config for config in configs} for configs in (ours, found))
     merged = []
-    for config in ours:
-        old = next((other for other in found if other["config_name"] == config["config_name"]), {})
-        splits = {entry["split"]: entry for entry in old.get("data_files") or [] if isinstance(entry, dict)}
-        splits |= {entry["split"]: entry for entry in config["data_files"]}
-        merged.append({**config, "data_files": list(splits.values())})
+    for name in CONFIGS:
+        entries = [entry for entry in old.get(name, {}).get("data_files") or [] if isinstance(entry, dict)]
+        splits = {entry["split"]: entry for entry in entries}
+        if name in new:
+            splits |= {entry["split"]: entry for entry in new[name]["data_files"]}
+        else:  # a split without refined rows says nothing of the others
+            splits = {split: entry for split, entry in splits.items() if split not in published}
+        if splits:
+            merged.append({**(new[name] if name in new else old[name]), "data_files": list(splits.values())})
     return merged + [other for other in found if other["config_name"] not in CONFIGS]
 
 
