@@ -13,7 +13,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN
+from .citation import PAPER_CITATION, PAPER_ID
+from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
+from .parquet_files import column
+from .refined_rows import ORIGINAL_COLUMN
 from .run_records import source_ids, source_text
 
 
@@ -21,7 +24,6 @@ CONFIGS = ("curated", "scores", "refined")
 FIGURE_PATH = "assets/weights.png"
 START_MARK = "<!-- trl-bilevel: start -->"
 END_MARK = "<!-- trl-bilevel: end -->"
-_CURATION_COLUMNS = ("sample_id", "weight", "rank", "scored", "response_source", ORIGINAL_COLUMN, RESPONSES_COLUMN)
 _NUM_EXAMPLES = 5
 _LONGEST_EXAMPLE = 200  # characters
 _SMALLEST_WEIGHT = 1e-6
@@ -90,10 +92,12 @@ def build_card(
         "validation": source_text(validation),
         "figure": FIGURE_PATH,
         "stricter": _stricter_ratio(num_kept, len(scored)),
-        "source_columns": [escape(name) for name in scored.column_names if name not in _CURATION_COLUMNS],
+        "source_columns": [escape(name) for name in _source_columns(scored)],
         "base_model": facts["base_model"],
         "method": facts["method"],
         "options": {name: value for name, value in facts["options"].items() if value is not None},
+        "paper_id": PAPER_ID,
+        "citation": PAPER_CITATION,
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
         "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
         "command": _command(facts),
@@ -176,9 +180,8 @@ def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
     return configs
 
 
-def column(dataset: Dataset, name: str) -> np.ndarray:
-    """A column of numbers or strings, at once and not row by row."""
-    return np.asarray(dataset.select_columns([name]).with_format("arrow")[:].column(name))
+def _source_columns(scored: Dataset) -> list[str]:
+    return [name for name in scored.column_names if name not in (SAMPLE_ID_COLUMN, *CURATION_COLUMNS)]
 
 
 def split_name(dataset: Dataset) -> str:
@@ -261,7 +264,7 @@ def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[st
         "Dropped, of the lowest weight": dropped[np.argsort(-rank[dropped])][:_NUM_EXAMPLES],
         "Regenerated, and the answers they replaced": np.flatnonzero(refined)[:_NUM_EXAMPLES],
     }
-    columns = [name for name in scored.column_names if name not in _CURATION_COLUMNS]
+    columns = _source_columns(scored)
     examples: dict[str, list[dict[str, Any]]] = {}
     for title, indices in groups.items():
         examples[title] = []

@@ -26,15 +26,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from .curation import SAMPLE_ID_COLUMN
-from .dataset_card import CONFIGS, FIGURE_PATH, build_card, column, split_name
-from .parquet_files import write_parquet
+from .curation import SAMPLE_ID_COLUMN, SCORE_COLUMNS
+from .dataset_card import CONFIGS, FIGURE_PATH, build_card, split_name
+from .parquet_files import column, write_parquet
 from .refined_rows import RESPONSES_COLUMN
 
 
 logger = logging.getLogger(__name__)
 
-_SCORE_COLUMNS = (SAMPLE_ID_COLUMN, "weight", "rank", "scored", "response_source")
 _ROWS_PER_FILE = 500_000
 _ATTEMPTS = 4
 _FIRST_WAIT = 1.0  # seconds; doubles
@@ -217,7 +216,7 @@ def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
     curated = scored.select(np.flatnonzero(kept))
     if RESPONSES_COLUMN in curated.column_names:
         curated = curated.remove_columns(RESPONSES_COLUMN)
-    scores = scored.select_columns(list(_SCORE_COLUMNS)).add_column("kept", pa.array(kept))
+    scores = scored.select_columns([SAMPLE_ID_COLUMN, *SCORE_COLUMNS]).add_column("kept", pa.array(kept))
     tables = {"curated": curated, "scores": scores}
     if RESPONSES_COLUMN in scored.column_names:
         is_refined = column(scored, "response_source") == "refined"

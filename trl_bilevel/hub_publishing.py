@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo
 
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpointing import Checkpointing
+from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
 from .hub import add_to_collection, explained, publish_curated_dataset
 from .model_card import build_model_card
 from .parquet_files import as_rows
@@ -21,22 +22,13 @@ from .run_records import is_hub_id, push_command, source_ids, upload_command
 
 logger = get_logger(__name__)
 
-_PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
-_PAPER_CITATION = f"""\
-@article{{xiao2025bilevel,
-    title        = {{{{{_PAPER_TITLE}}}}},
-    author       = {{Quan Xiao and Yutong Xuan and Gaowen Liu and Ramana Rao Kompella and Tianyi Chen}},
-    year         = 2025,
-    eprint       = {{arXiv:2511.21056}},
-}}"""
-
 
 class HubPublishing(Checkpointing):
     """Pushes of [`~trl_bilevel.BilevelSFTTrainer`]. Whatever the Hub answers, the results are on disk."""
 
     _tag_names = ["trl", "bilevel-sft"]
     _name = "Bilevel SFT"
-    _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
+    _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": PAPER_CITATION}
 
     args: BilevelSFTConfig
     _run_facts: dict[str, Any]
@@ -211,5 +203,5 @@ class HubPublishing(Checkpointing):
             is_adapter=is_peft_model(self.model),
             datasets=datasets,
             tags={*own_tags, *self._tag_names},
-            citation=_PAPER_CITATION,
+            citation=PAPER_CITATION,
         ).save(folder / "README.md")

@@ -15,8 +15,8 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import Environment, StrictUndefined
 
-from .dataset_card import column
 from .dataset_checks import resolve_sources
+from .parquet_files import column
 from .report_figures import draw_curves, draw_weight_history
 from .report_rows import ReportRow, plain_text, report_rows
 from .run_records import curate_run, find_scores, read_facts, source_ids

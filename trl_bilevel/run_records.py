@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from accelerate.utils import is_peft_model
@@ -193,10 +192,10 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
     return curate_dataset(
         rows,
         scores.column("sample_id"),
-        weights=_column(scores, "weight"),
-        scores=_column(scores, "logit"),
-        scored=_column(scores, "scored"),
-        judged=_column(scores, "judged"),
+        weights=scores.column("weight").to_numpy(),
+        scores=scores.column("logit").to_numpy(),
+        scored=scores.column("scored").to_numpy(),
+        judged=scores.column("judged").to_numpy(),
         keep_ratio=keep_ratio,
         responses=pyarrow.parquet.read_table(responses) if responses.is_file() else None,
     )
@@ -256,10 +255,6 @@ def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}). Give another checkpoint.") from error
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()
 
 
 def find_scores(run_dir: str | os.PathLike) -> Path:
