@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +21,13 @@ from conftest import prompt_completion_rows
 from datasets import Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
+from trl import SFTConfig
 
 import trl_bilevel.hub
-from trl_bilevel import load_curated_dataset
+from trl_bilevel import BilevelSFTConfig, dataset_card, load_curated_dataset
 from trl_bilevel.cli import main
 from trl_bilevel.hub import PublishError, publish_curated_dataset
-from trl_bilevel.run_records import curate_run, describe_dataset
+from trl_bilevel.run_records import curate_run, describe_dataset, describe_run
 from trl_bilevel.scripts import sft
 
 
@@ -372,7 +374,7 @@ def test_card_that_cannot_be_read_is_not_written_over(hub, trained):
 
 
 def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], use_rslora=True, task_type="CAUSAL_LM")
     trainer = make_trainer(peft_config=lora, packing=True, max_length=64, per_device_train_batch_size=2)
     trainer.train()
     trainer.push_curated_dataset(REPO)
@@ -381,8 +383,88 @@ def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
     _, training_args, model_args, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])
     assert (model_args.use_peft, model_args.lora_r, model_args.lora_alpha) == (True, 4, 8)
     assert model_args.lora_target_modules == ["q_proj", "v_proj"]
+    assert (model_args.lora_dropout, model_args.use_rslora) == (0.0, True)
     for name in ("packing", "max_length", "per_device_train_batch_size", "learning_rate", "max_steps", "seed", "bf16"):
         assert getattr(training_args, name) == getattr(trainer.args, name), name
+
+
+_REFINE = {"refine_ratio": 0.5}
+_EXCESS = {"value_function": "adapter"}
+# of every option of ours another value, and what it needs
+CHANGED = {
+    "refine_ratio": (0.25, {}),
+    "refine_mode": ("random", _REFINE),
+    "refine_start_step": (3, _REFINE),
+    "refine_every_steps": (0.2, _REFINE),
+    "num_refined_responses": (2, _REFINE),
+    "refine_max_new_tokens": (8, _REFINE),
+    "refine_temperature": (0.5, _REFINE),
+    "refine_top_p": (0.9, {**_REFINE, "refine_temperature": 1.0}),
+    "refine_batch_size": (2, _REFINE),
+    "refine_prompt_template": ("{{ prompt }}\n```\n{{ completion }} | 'again'\n```", _REFINE),
+    "importance_ratio_clip": (2.0, _REFINE),
+    "importance_sampling_level": ("sequence", _REFINE),
+    "refine_discard_flawed": (False, _REFINE),
+    "refine_min_probability": (0.1, _REFINE),
+    "refine_reward_threshold": (0.5, _REFINE),
+    "use_vllm": (True, _REFINE),
+    "selection_method": ("bmo", {}),
+    "bmo_temperature": (0.5, {"selection_method": "bmo"}),
+    "validation_weight": (0.5, {}),
+    "validation_weight_decay": (0.1, {}),
+    "validation_loss_type": ("dpo", {}),
+    "beta": (0.2, {"validation_loss_type": "dpo"}),
+    "per_device_validation_batch_size": (2, {}),
+    "value_function": ("none", {}),
+    "value_function_rows": ("all", _EXCESS),
+    "selector_prior": (0.3, _EXCESS),
+    "selector_activation": ("sigmoid", {}),
+    "selector_optimizer": ("adam", {}),
+    "selector_learning_rate": (0.5, {}),
+    "filter_ratio": (0.1, {}),
+    "amortized_selector": (True, {}),
+    "loss_normalization": ("row", {}),
+    "sample_id_column": ("id", {}),
+    "save_training_rows": (False, {}),
+    "source_column": ("origin", {}),
+}
+
+
+def _own_options():
+    inherited = {option.name for option in fields(SFTConfig)}
+    return [option.name for option in fields(BilevelSFTConfig) if option.name not in inherited]
+
+
+@pytest.mark.parametrize("name", [name for name in _own_options() if not name.startswith("vllm_")])
+def test_command_in_a_card_has_every_option(make_config, build_model, train_dataset, name):
+    value, needed = CHANGED[name]
+    args = make_config(**needed, **{name: value})
+    facts = describe_run(args, build_model(), train_dataset, train_dataset, has_value_function=False)
+    words = shlex.split(dataset_card._command(facts).replace("\\\n", " "))
+    _, parsed, _, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])
+    for option in _own_options():
+        assert getattr(parsed, option) == getattr(args, option), option
+
+
+def test_options_in_a_card_say_nothing_of_the_machine(make_config, build_model, train_dataset, tmp_path):
+    template = tmp_path / "mine.jinja"
+    args = make_config(
+        **_REFINE, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://10.0.0.1", hub_token="hf_write",
+        chat_template_path=str(template),
+    )  # fmt: skip
+    facts = describe_run(args, build_model(), train_dataset, train_dataset, has_value_function=False)
+    assert facts["options"]["chat_template_path"] == "mine.jinja"
+    for secret in ("10.0.0.1", "hf_write", str(tmp_path)):
+        assert secret not in json.dumps(facts)
+
+
+def test_prompt_template_with_code_stays_in_its_place(hub, make_trainer):
+    trainer = make_trainer(refine_prompt_template=CHANGED["refine_prompt_template"][0], max_steps=1, **_REFINE)
+    trainer._save_records(trainer.args.output_dir)
+    trainer.push_curated_dataset(REPO)
+    text = _card(hub).text
+    assert re.search(r"^````bash\npip install[^`]*```[^`]*```[^`]*\n````$", text, flags=re.MULTILINE)
+    assert "\n| `refine_prompt_template` | <code>&#123;" in text
 
 
 def test_retry_command_does_what_the_call_would_have_done(hub, trained):

@@ -64,6 +64,7 @@ def build_card(
     sensitive = sensitive or SENSITIVE_TAG in _tags(old_card)
     draw_weights(weights, kept, folder / FIGURE_PATH)
     training, validation = facts["training"], facts["validation"]
+    command = _command(facts)
     metadata: dict[str, Any] = {
         "license": license,
         "language": language,
@@ -95,12 +96,13 @@ def build_card(
         "source_columns": [escape(name) for name in _source_columns(scored)],
         "base_model": facts["base_model"],
         "method": facts["method"],
-        "options": {name: value for name, value in facts["options"].items() if value is not None},
+        "options": {name: option_cell(value) for name, value in facts["options"].items() if value is not None},
         "paper_id": PAPER_ID,
         "citation": PAPER_CITATION,
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
         "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
-        "command": _command(facts),
+        "command": command,
+        "fence": _fence(command),
         "examples": {} if sensitive else _examples(scored, kept, refined),
     }
     template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
@@ -254,6 +256,27 @@ def escape(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
         for character in html.unescape(text)
         if character.isprintable()
     )
+
+
+def option_cell(value: Any) -> str:
+    """
+    The value of an option as one cell of a Markdown table.
+
+    Example:
+
+    ```python
+    >>> option_cell(0.5), option_cell("a|b")
+    ('`0.5`', '<code>a&#124;b</code>')
+
+    ```
+    """
+    text = str(value)
+    return f"`{text}`" if text.isprintable() and not {"|", "`"} & set(text) else f"<code>{escape(text)}</code>"
+
+
+def _fence(code: str) -> str:
+    """What code begins and ends with in Markdown: more backticks than it has itself."""
+    return "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", code)), default=0))
 
 
 def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[str, list[dict[str, Any]]]:

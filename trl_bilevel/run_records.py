@@ -10,20 +10,18 @@ import re
 import secrets
 import shlex
 import shutil
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.table import ConcatenationTable, MemoryMappedTable
-from peft import LoraConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from .card_options import card_options, model_options
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
@@ -33,57 +31,8 @@ from .whole_files import write_whole
 ROWS_FOLDER_NAME = "_training_rows"
 SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client takes no `.parquet` in a model repository's checkpoint
 FACTS_FILE_NAME = "_run.json"
-_ALWAYS_SHOWN = ("selection_method", "validation_weight", "num_train_epochs", "learning_rate", "seed")
 _FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"
 _PACKAGES = ("trl-bilevel", "trl", "transformers", "peft", "datasets", "torch")
-# An allow-list: nothing else of the arguments, such as paths, tokens and addresses, may reach a card
-_CARD_OPTIONS = (
-    "selection_method",
-    "bmo_temperature",
-    "validation_weight",
-    "validation_weight_decay",
-    "validation_loss_type",
-    "beta",
-    "value_function",
-    "value_function_rows",
-    "selector_prior",
-    "selector_activation",
-    "selector_optimizer",
-    "selector_learning_rate",
-    "filter_ratio",
-    "loss_normalization",
-    "refine_ratio",
-    "refine_mode",
-    "refine_start_step",
-    "refine_every_steps",
-    "num_refined_responses",
-    "refine_max_new_tokens",
-    "refine_temperature",
-    "refine_top_p",
-    "importance_ratio_clip",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_validation_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "max_length",
-    "truncation_mode",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "packing",
-    "padding_free",
-    "shuffle_dataset",
-    "train_sampling_strategy",
-    "source_column",
-    "seed",
-)
 # Where `load_dataset` caches a repository's rows, the only place that says which commit they are of
 _CACHE_PATH = re.compile(
     r".*/((?P<namespace>[^/]+)___)?(?P<name>[^/]+)/(?P<config>[^/]+)/\d+\.\d+\.\d+/(?P<revision>[0-9a-f]{40})/[^/]+"
@@ -279,7 +228,7 @@ def describe_run(
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
 
     Args:
-        args ([`BilevelSFTConfig`]): options; those of an allow-list are taken.
+        args ([`BilevelSFTConfig`]): options, see [`~trl_bilevel.card_options.card_options`].
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): what is trained. Its name is left out if it is
             that of a folder of this machine.
         training (`datasets.Dataset` or `datasets.IterableDataset`): rows as the user passed them.
@@ -290,30 +239,12 @@ def describe_run(
     return {
         "method": args.selection_method.upper() + (" with a value function" if has_value_function else ""),
         "base_model": model_name if model_name and is_hub_id(model_name) else None,
-        "options": {
-            name: value.value if isinstance(value := getattr(args, name), Enum) else value
-            for name in _CARD_OPTIONS
-            if name in _ALWAYS_SHOWN or getattr(args, name) != type(args).__dataclass_fields__[name].default
-        },
-        "model_options": _model_options(model),
+        "options": card_options(args),
+        "model_options": model_options(model),
         "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),
     }
-
-
-def _model_options(model: Any) -> dict[str, Any]:
-    """Options of TRL's `ModelConfig` that give the same adapter and quantization, as far as it has them."""
-    options: dict[str, Any] = {}
-    quantization = getattr(model.config, "quantization_config", None)
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(quantization, name, False):
-            options[name] = True
-    if is_peft_model(model) and isinstance(lora := model.peft_config[model.active_adapter], LoraConfig):
-        options |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha}
-        if isinstance(lora.target_modules, (list, set)):
-            options["lora_target_modules"] = sorted(lora.target_modules)
-    return options
 
 
 def is_hub_id(name: str) -> bool:
