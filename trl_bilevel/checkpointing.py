@@ -115,7 +115,7 @@ class Checkpointing(SFTTrainer):
             self._save_records(directory)
             if not _internal_call:  # a checkpoint has its own
                 save_log(directory, self.state)
-            write_run_settings(directory, self.args)
+            write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)
 
     def _save_records(self, directory: str) -> None:
