@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import prompt_completion_rows
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, get_dataset_config_names, load_dataset
 from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 from trl import SFTConfig
 
-import trl_bilevel.hub
-from trl_bilevel import BilevelSFTConfig, dataset_card, load_curated_dataset
+import trl_bilevel.hub_errors
+from trl_bilevel import BilevelSFTConfig, DataSelector, dataset_card, load_curated_dataset
 from trl_bilevel.cli import main
-from trl_bilevel.hub import PublishError, publish_curated_dataset
+from trl_bilevel.hub import publish_curated_dataset
+from trl_bilevel.hub_errors import PublishError
 from trl_bilevel.run_records import curate_run, describe_dataset, describe_run
 from trl_bilevel.scripts import sft
 
@@ -36,7 +37,7 @@ REPO = "me/mixture-curated"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(trl_bilevel.hub, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(trl_bilevel.hub_errors, "_FIRST_WAIT", 0.01)
     # The client's own waits; of its module only
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(huggingface_hub.utils._http, "time", impatient)
@@ -319,6 +320,61 @@ def test_splits_are_kept_side_by_side(hub, trained, make_trainer):
     assert len(_load()) == 12
     assert len(load_dataset(REPO, split="validation")) == 6
     assert load_dataset(REPO, "scores").keys() == {"train", "validation"}
+
+
+def test_weights_of_a_published_dataset_start_another_run(hub, make_trainer, tmp_path):
+    rows = prompt_completion_rows(24)
+    rows = rows.add_column("uid", [f"row-{number}" for number in range(24)])
+    trainer = make_trainer(train_dataset=rows, sample_id_column="uid", selector_activation="sigmoid")
+    trainer.train()
+    first = trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert get_dataset_config_names(REPO) == ["curated", "scores"]
+    assert len(_load()) == 12
+    assert load_dataset(REPO).keys() == {"train"}
+    shuffled = rows.shuffle(seed=1)
+    other = make_trainer(train_dataset=shuffled, sample_id_column="uid", data_selector=REPO)
+    expected = dict(zip(rows["uid"], trainer.data_selector.weights().tolist(), strict=True))
+    assert other.data_selector.activation == "sigmoid"
+    assert other.data_selector.weights().tolist() == pytest.approx([expected[uid] for uid in shuffled["uid"]])
+    assert DataSelector.from_pretrained(REPO, token="hf_read").logits.std() > 0
+
+    trainer.save_model()
+    trainer.data_selector.update(torch.arange(24), torch.rand(24))
+    trainer.push_curated_dataset(REPO)  # now, and as it was, and from disk
+    assert not torch.equal(DataSelector.from_pretrained(REPO).logits, other.data_selector.logits)
+    logits = DataSelector.from_pretrained(REPO, revision=first.oid).logits
+    main(["push", str(tmp_path / "run"), "me/again"])
+    assert torch.equal(DataSelector.from_pretrained("me/again").logits, trainer.data_selector.logits)
+    assert dict(zip(rows["uid"], logits.tolist(), strict=True)) == pytest.approx(
+        dict(zip(shuffled["uid"], other.data_selector.logits.tolist(), strict=True))
+    )
+    with pytest.raises(FileNotFoundError, match="nor a dataset repository"):
+        DataSelector.from_pretrained(REPO, revision="nowhere")
+
+
+def test_weights_of_splits_are_kept_side_by_side(hub, trained, make_trainer):
+    logits = {}
+    for number, split in enumerate(("test", "validation", "train")):
+        rows = Dataset.from_list(prompt_completion_rows(24).to_list(), split=split)
+        trainer = make_trainer(train_dataset=rows, seed=number)
+        trainer.train()
+        trainer.push_curated_dataset(REPO)
+        logits[split] = trainer.data_selector.logits
+        if split == "test":  # the only one
+            assert torch.equal(DataSelector.from_pretrained(REPO).logits, logits[split])
+        if split == "validation":
+            with pytest.raises(ValueError, match=r"selectors of the splits \['test', 'validation'\]. Choose one"):
+                DataSelector.from_pretrained(REPO)
+    assert torch.equal(DataSelector.from_pretrained(REPO).logits, logits["train"])
+    for split, expected in logits.items():
+        assert torch.equal(DataSelector.from_pretrained(REPO, split=split).logits, expected)
+    with pytest.raises(FileNotFoundError, match=r"data_selector-other.parquet"):
+        DataSelector.from_pretrained(REPO, split="other")
+    assert load_dataset(REPO).keys() == {"train", "validation", "test"}
+    # Of a run of an older version nobody knows what its logits mean: no others stand in for them
+    publish_curated_dataset(trained.curate(), trained._run_facts, REPO)
+    assert "data_selector.parquet" not in hub.files("dataset", REPO)
+    assert "data_selector-test.parquet" in hub.files("dataset", REPO)
 
 
 def test_split_without_refined_rows_leaves_those_of_another(hub, make_trainer):

@@ -114,7 +114,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         self._know_the_rows(train_dataset, args, data_selector)
         if isinstance(data_selector, (str, os.PathLike)):
-            data_selector = DataSelector.from_pretrained(data_selector)
+            data_selector = DataSelector.from_pretrained(data_selector, token=args.hub_token)
         check_arguments(args, data_collator, data_selector, reward_funcs)
         reward_funcs = check_reward_funcs(reward_funcs)
 

@@ -14,10 +14,12 @@ from huggingface_hub import CommitInfo
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpointing import Checkpointing
 from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
-from .hub import add_to_collection, explained, publish_curated_dataset
+from .hub import add_to_collection, publish_curated_dataset
+from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
 from .run_records import is_hub_id, push_command, source_ids, upload_command
+from .selector_files import selector_table
 
 
 logger = get_logger(__name__)
@@ -103,6 +105,7 @@ class HubPublishing(Checkpointing):
                 language=language,
                 sensitive=sensitive,
                 retry_command=retry_command,
+                selector=selector_table(self.data_selector),
             )
         self._curated_repo_id = commit.repo_url.repo_id
         if collection is not None:
@@ -124,7 +127,7 @@ class HubPublishing(Checkpointing):
         As in Trainer: the model or adapter, its processing class and its card.
 
         Raises:
-            [`~trl_bilevel.hub.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
+            [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
         """
         with explained(self._repo_id, self._upload_command()):
             return super().push_to_hub(*args, **kwargs)

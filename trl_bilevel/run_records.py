@@ -25,6 +25,7 @@ from .card_options import card_options, model_options
 from .curation import curate_dataset
 from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
+from .selector_files import ACTIVATION_KEY, selector_table
 from .whole_files import write_whole
 
 
@@ -79,15 +80,11 @@ def save_scores(
         fingerprint (`str`): of the training rows.
         step (`int`): optimizer step of the scores.
     """
-    table = pa.table(
-        {
-            "sample_id": selector.sample_ids,
-            "logit": selector.logits.numpy(),
-            "weight": selector.weights().numpy(),
-            "scored": selector.scored.numpy(),
-            "judged": selector.judged.numpy(),
-        }
-    ).replace_schema_metadata({"rows_fingerprint": fingerprint, "step": str(step)})
+    table = selector_table(selector)
+    metadata = {"rows_fingerprint": fingerprint, "step": str(step)}
+    table = table.append_column("judged", pa.array(selector.judged.numpy())).replace_schema_metadata(
+        {**table.schema.metadata, **metadata}
+    )
     for name, write in (
         (FACTS_FILE_NAME, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n")),
         # Last: what has scores is complete
@@ -148,6 +145,22 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         keep_ratio=keep_ratio,
         responses=pyarrow.parquet.read_table(responses) if responses.is_file() else None,
     )
+
+
+def read_selector(run_dir: str | os.PathLike) -> pa.Table | None:
+    """
+    The weights of a run on disk for other runs, see [`~trl_bilevel.selector_files.selector_table`].
+
+    Returns:
+        `pyarrow.Table`, *optional*: `None` for a run of an older version, which does not say what its logits mean.
+
+    Raises:
+        `FileNotFoundError`: if there is no run.
+    """
+    columns = ["sample_id", "logit", "weight", "scored"]
+    table = pyarrow.parquet.read_table(find_scores(run_dir) / SCORES_FILE_NAME, columns=columns)
+    activation = table.schema.metadata.get(ACTIVATION_KEY)
+    return None if activation is None else table.replace_schema_metadata({ACTIVATION_KEY: activation})
 
 
 def push_command(run_dir: str | os.PathLike, repo_id: str, **options: Any) -> str:
