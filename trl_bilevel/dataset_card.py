@@ -64,7 +64,6 @@ def build_card(
     sensitive = sensitive or SENSITIVE_TAG in _tags(old_card)
     draw_weights(weights, kept, folder / FIGURE_PATH)
     training, validation = facts["training"], facts["validation"]
-    command = _command(facts)
     metadata: dict[str, Any] = {
         "license": license,
         "language": language,
@@ -101,8 +100,8 @@ def build_card(
         "citation": PAPER_CITATION,
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
         "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
-        "command": command,
-        "fence": _fence(command),
+        "command": _command(facts),
+        "fence": _fence(_command(facts)),
         "examples": {} if sensitive else _examples(scored, kept, refined),
     }
     template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
