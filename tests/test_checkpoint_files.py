@@ -10,6 +10,7 @@ from trl_bilevel.checkpoint_files import (
     check_checkpoint,
     find_checkpoint,
     find_problem,
+    read_resume_option,
     remove_manifest,
     write_manifest,
 )
@@ -113,3 +114,18 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(KeyError), disk_full_explained(tmp_path):
         raise KeyError("other")
+
+
+def test_option_means_what_it_says(tmp_path):
+    for value in (None, "", False, "False", "false"):
+        assert read_resume_option(value, tmp_path) is None
+    for value in (True, "True", "true", "last_intact"):
+        with pytest.raises(ValueError, match=rf"No valid checkpoint found in {tmp_path}, to go on as .*Leave it out"):
+            read_resume_option(value, tmp_path)
+    checkpoint = _checkpoint(tmp_path, 2)
+    for value in (True, "True", "true", "TRUE"):
+        assert read_resume_option(value, tmp_path) is True
+    assert read_resume_option("last_intact", tmp_path) == "last_intact"
+    assert read_resume_option(checkpoint, tmp_path) == str(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint='.*checkpoint-3'` is no folder.*checkpoint-500'; True for the"):
+        read_resume_option(tmp_path / "checkpoint-3", tmp_path)

@@ -12,6 +12,7 @@ from datasets import DatasetDict, load_dataset
 from trl_bilevel import DataSelector, __version__
 from trl_bilevel.cli import main
 from trl_bilevel.dataset_loading import load_split
+from trl_bilevel.scripts import sft
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -98,6 +99,13 @@ def test_sft_trains_curates_and_saves(files, tmp_path):
     first_weights, second_weights = (selector.weights()[first.scored] for selector in (first, second))
     assert first_weights.std() > 1e-4
     torch.testing.assert_close(second_weights / second_weights.mean(), first_weights / first_weights.mean())
+
+
+def test_sft_goes_on_from_its_last_checkpoint(files, tmp_path, capsys):
+    options = [*_training_options(files, tmp_path / "out"), "--save_strategy", "steps", "--save_steps", "2"]
+    for more, num_steps in (([], 3), (["--max_steps", "5", "--resume_from_checkpoint", "True"], 2)):
+        sft.main(*sft.make_parser().parse_args_and_config([*options, *more]))
+        assert capsys.readouterr().out.count("'validation_loss'") == num_steps
 
 
 def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import yaml
 from conftest import QUIET_CPU_RUN, prompt_completion_rows
 from datasets import Dataset, load_dataset
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.cli import _COMMANDS, main
+from trl_bilevel.command_line import quiet_launcher
 from trl_bilevel.scripts import curate
 
 
@@ -242,6 +244,18 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
     [
         ([], "error: `--validation_dataset_name` is missing. Name the dataset you trust."),
         (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file here."),
+        (
+            ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+            "error: `--validation_dataset_name` is missing. Name the dataset you trust.",  # of each process
+        ),
+        (
+            ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "{new}"],
+            "error: `resume_from_checkpoint='{new}'` is no folder.",  # and not that of the dataset, which comes later
+        ),
+        (
+            ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "True"],
+            "error: No valid checkpoint found in ",
+        ),
     ],
 )
 def test_error_of_a_launched_run_is_one_line(run_dir, tmp_path, options, message):
@@ -255,3 +269,14 @@ def test_error_of_a_launched_run_is_one_line(run_dir, tmp_path, options, message
     errors = result.stderr.decode()
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(message.format(**places))
+
+
+@pytest.mark.parametrize(("exit_code", "message"), [(1, 1), (-9, "error: process 1 was ended by SIGKILL")])
+def test_failure_of_one_of_several_processes(tmp_path, monkeypatch, exit_code, message):
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file=str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as stop, quiet_launcher():
+        raise ChildFailedError("sft.py", {1: failure})
+    assert stop.value.code == message
+    monkeypatch.setenv("TRL_BILEVEL_TRACEBACK", "1")
+    with pytest.raises(ChildFailedError), quiet_launcher():
+        raise ChildFailedError("sft.py", {1: failure})

@@ -8,7 +8,7 @@ import torch
 from trl_bilevel import DataSelector
 from trl_bilevel.amortized_selector import AMORTIZED_SELECTOR_FILE_NAME, AmortizedSelector, load_amortized_selector
 from trl_bilevel.row_scores import SCORES_FILE_NAME, find_scores, read_scores, save_scores
-from trl_bilevel.run_settings import RUN_SETTINGS_FILE_NAME, read_row_options
+from trl_bilevel.run_settings import RUN_SETTINGS_FILE_NAME, read_run_settings
 from trl_bilevel.scoring import _check_manifest
 from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, ValueFunction, load_value_function
 from trl_bilevel.whole_files import damage_explained
@@ -29,7 +29,7 @@ FILES = {
         lambda folder: _check_manifest(folder, {"model": "m"}),
         lambda folder: _check_manifest(folder, {"model": "m"}),
     ),
-    RUN_SETTINGS_FILE_NAME: (lambda folder: (folder / RUN_SETTINGS_FILE_NAME).write_text("{}"), read_row_options),
+    RUN_SETTINGS_FILE_NAME: (lambda folder: (folder / RUN_SETTINGS_FILE_NAME).write_text("{}"), read_run_settings),
 }
 DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
            "overwritten": lambda content: b"[" + bytes(range(1, 200)), "a list": lambda content: b"[3]"}  # fmt: skip

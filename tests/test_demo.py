@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_bilevel.cli import main
-from trl_bilevel.demo import tiny_model
+from trl_bilevel.demo import problem, tiny_model
 from trl_bilevel.demo.comparison import area_under_roc
 from trl_bilevel.demo.planted_faults import OPERATIONS, build_dataset, build_tokenizer
 from trl_bilevel.demo.problem import DemoArguments
@@ -101,10 +101,10 @@ def test_demo_writes_a_dataset_any_script_can_load(demo_output, tmp_path):
 
 
 def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
-    base = AutoModelForCausalLM.from_pretrained(demo_output / "base_model")
+    config = json.loads((demo_output / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     model = PeftModel.from_pretrained(base, demo_output / "adapter")
     assert any("lora" in name for name, _ in model.named_parameters())
-    config = json.loads((demo_output / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 32
 
 
@@ -118,6 +118,28 @@ def test_demo_prints_the_scores_it_computed(demo_output):
 def test_demo_writes_a_figure(demo_output):
     assert (demo_output / "weights.png").read_bytes().startswith(b"\x89PNG")
     assert (demo_output / "weights.png").stat().st_size > 10_000
+
+
+def test_second_demo_trains_the_base_model_that_it_asks_for(tmp_path, monkeypatch):
+    trained = []
+
+    def train(folder, tokenizer, rows, args, on_progress):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+        trained.append(args)
+
+    monkeypatch.setattr(problem, "_train_base_model", train)
+    few = {"output_dir": str(tmp_path), "num_train_rows": 30, "num_held_out_rows": 10, "num_validation_rows": 10}
+    for changed in ({}, {"num_base_steps": 60}, {"seed": 1}, {"num_held_out_rows": 11}, {"num_validation_rows": 11},
+                    {"fault_family": "harmful"}):  # fmt: skip
+        args = DemoArguments(**{**few, **changed})
+        for _ in range(2):  # the same once more takes what is there
+            problem.build_problem(args, problem.base_model_folder(args), lambda share: None)
+        assert trained.pop() is args
+        assert not trained
+    other = DemoArguments(**{**few, "fault_ratio": 0.2, "num_train_epochs": 1})
+    problem.build_problem(other, problem.base_model_folder(other), lambda share: None)
+    assert not trained  # nothing that it was trained on is different
 
 
 def test_demo_without_faults_is_refused():

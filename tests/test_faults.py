@@ -81,6 +81,8 @@ def test_damaged_files_are_named_and_an_earlier_checkpoint_serves(make_trainer, 
 def test_nothing_to_resume_from_is_said_as_trainer_does(make_trainer):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         make_trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint='nowhere'` is no folder"):
+        make_trainer().train(resume_from_checkpoint="nowhere")
 
 
 def test_finished_run_that_is_resumed_stays_as_it_is(make_trainer):

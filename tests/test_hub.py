@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +18,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import prompt_completion_rows
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, get_dataset_config_names, load_dataset
 from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
+from trl import SFTConfig
 
-import trl_bilevel.hub
-from trl_bilevel import load_curated_dataset
+import trl_bilevel.hub_errors
+from trl_bilevel import BilevelSFTConfig, DataSelector, dataset_card, load_curated_dataset
 from trl_bilevel.cli import main
-from trl_bilevel.hub import PublishError
-from trl_bilevel.run_records import curate_run, describe_dataset
+from trl_bilevel.hub import publish_curated_dataset
+from trl_bilevel.hub_errors import PublishError
+from trl_bilevel.run_records import curate_run, describe_dataset, describe_run
 from trl_bilevel.scripts import sft
 
 
@@ -34,7 +37,7 @@ REPO = "me/mixture-curated"
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(trl_bilevel.hub, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(trl_bilevel.hub_errors, "_FIRST_WAIT", 0.01)
     # The client's own waits; of its module only
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(huggingface_hub.utils._http, "time", impatient)
@@ -319,6 +322,95 @@ def test_splits_are_kept_side_by_side(hub, trained, make_trainer):
     assert load_dataset(REPO, "scores").keys() == {"train", "validation"}
 
 
+def test_weights_of_a_published_dataset_start_another_run(hub, make_trainer, tmp_path):
+    rows = prompt_completion_rows(24)
+    rows = rows.add_column("uid", [f"row-{number}" for number in range(24)])
+    trainer = make_trainer(train_dataset=rows, sample_id_column="uid", selector_activation="sigmoid")
+    trainer.train()
+    first = trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert get_dataset_config_names(REPO) == ["curated", "scores"]
+    assert len(_load()) == 12
+    assert load_dataset(REPO).keys() == {"train"}
+    shuffled = rows.shuffle(seed=1)
+    other = make_trainer(train_dataset=shuffled, sample_id_column="uid", data_selector=REPO)
+    expected = dict(zip(rows["uid"], trainer.data_selector.weights().tolist(), strict=True))
+    assert other.data_selector.activation == "sigmoid"
+    assert other.data_selector.weights().tolist() == pytest.approx([expected[uid] for uid in shuffled["uid"]])
+    assert DataSelector.from_pretrained(REPO, token="hf_read").logits.std() > 0
+
+    trainer.save_model()
+    trainer.data_selector.update(torch.arange(24), torch.rand(24))
+    trainer.push_curated_dataset(REPO)  # now, and as it was, and from disk
+    assert not torch.equal(DataSelector.from_pretrained(REPO).logits, other.data_selector.logits)
+    logits = DataSelector.from_pretrained(REPO, revision=first.oid).logits
+    main(["push", str(tmp_path / "run"), "me/again"])
+    assert torch.equal(DataSelector.from_pretrained("me/again").logits, trainer.data_selector.logits)
+    assert dict(zip(rows["uid"], logits.tolist(), strict=True)) == pytest.approx(
+        dict(zip(shuffled["uid"], other.data_selector.logits.tolist(), strict=True))
+    )
+    with pytest.raises(FileNotFoundError, match="nor a dataset repository"):
+        DataSelector.from_pretrained(REPO, revision="nowhere")
+
+
+def test_weights_of_splits_are_kept_side_by_side(hub, trained, make_trainer):
+    logits = {}
+    for number, split in enumerate(("test", "validation", "train")):
+        rows = Dataset.from_list(prompt_completion_rows(24).to_list(), split=split)
+        trainer = make_trainer(train_dataset=rows, seed=number)
+        trainer.train()
+        trainer.push_curated_dataset(REPO)
+        logits[split] = trainer.data_selector.logits
+        if split == "test":  # the only one
+            assert torch.equal(DataSelector.from_pretrained(REPO).logits, logits[split])
+        if split == "validation":
+            with pytest.raises(ValueError, match=r"selectors of the splits \['test', 'validation'\]. Choose one"):
+                DataSelector.from_pretrained(REPO)
+    assert torch.equal(DataSelector.from_pretrained(REPO).logits, logits["train"])
+    for split, expected in logits.items():
+        assert torch.equal(DataSelector.from_pretrained(REPO, split=split).logits, expected)
+    with pytest.raises(FileNotFoundError, match=r"data_selector-other.parquet"):
+        DataSelector.from_pretrained(REPO, split="other")
+    assert load_dataset(REPO).keys() == {"train", "validation", "test"}
+    # Published without weights: those of the rows before do not stand in for them
+    publish_curated_dataset(trained.curate(), trained._run_facts, REPO)
+    assert "data_selector.parquet" not in hub.files("dataset", REPO)
+    assert "data_selector-test.parquet" in hub.files("dataset", REPO)
+
+
+def test_split_without_refined_rows_leaves_those_of_another(hub, make_trainer):
+    refine = {"refine_ratio": 0.5, "refine_start_step": 0, "refine_max_new_tokens": 4, "refine_discard_flawed": False}
+    for split, options in (("train", refine), ("validation", {}), ("train", {})):
+        rows = Dataset.from_list(prompt_completion_rows(24).to_list(), split=split)
+        trainer = make_trainer(train_dataset=rows, **options)
+        trainer.train()
+        trainer.push_curated_dataset(REPO)
+        configs = {config["config_name"]: config for config in _card(hub).data.to_dict()["configs"]}
+        if split == "train" and not options:  # its refined rows are no more, and there are no others
+            assert configs.keys() == {"curated", "scores"}
+        else:
+            assert len(_load("refined", download_mode="force_redownload")) > 0
+            assert [entry["split"] for entry in configs["refined"]["data_files"]] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("split", "num_rows", "keep_ratio", "num_stricter"),
+    [("train", 24, 0.5, 6), ("train_sft", 24, 0.5, 6), ("train", 24, 1 / 24, 1), ("train", 1000, 0.001, 1)],
+)
+def test_code_in_a_card_runs(hub, trained, split, num_rows, keep_ratio, num_stricter):
+    rank = np.random.default_rng(0).permutation(num_rows) + 1
+    scores = {"weight": 2 * (1 - rank / num_rows), "rank": rank, "scored": rank > 0}
+    rows = prompt_completion_rows(num_rows).to_dict()
+    source = {"sample_id": list(range(num_rows)), "response_source": ["original"] * num_rows}
+    scored = Dataset.from_dict({**rows, **source, **scores}, split=split)
+    publish_curated_dataset(scored, trained._run_facts, REPO, keep_ratio=keep_ratio)
+    found = {}
+    for code in re.findall(r"```python\n(.*?)```", _card(hub).text, flags=re.DOTALL):
+        exec(code, found)
+    assert len(found["dataset"]) == round(keep_ratio * num_rows)
+    assert len(found["scores"]) == num_rows
+    assert sorted(found["stricter"]["rank"]) == list(range(1, num_stricter + 1))
+
+
 def test_card_that_cannot_be_read_is_not_written_over(hub, trained):
     trained.push_curated_dataset(REPO)
     api = HfApi()
@@ -338,7 +430,7 @@ def test_card_that_cannot_be_read_is_not_written_over(hub, trained):
 
 
 def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], use_rslora=True, task_type="CAUSAL_LM")
     trainer = make_trainer(peft_config=lora, packing=True, max_length=64, per_device_train_batch_size=2)
     trainer.train()
     trainer.push_curated_dataset(REPO)
@@ -347,8 +439,88 @@ def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
     _, training_args, model_args, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])
     assert (model_args.use_peft, model_args.lora_r, model_args.lora_alpha) == (True, 4, 8)
     assert model_args.lora_target_modules == ["q_proj", "v_proj"]
+    assert (model_args.lora_dropout, model_args.use_rslora) == (0.0, True)
     for name in ("packing", "max_length", "per_device_train_batch_size", "learning_rate", "max_steps", "seed", "bf16"):
         assert getattr(training_args, name) == getattr(trainer.args, name), name
+
+
+_REFINE = {"refine_ratio": 0.5}
+_EXCESS = {"value_function": "adapter"}
+# of every option of ours another value, and what it needs
+CHANGED = {
+    "refine_ratio": (0.25, {}),
+    "refine_mode": ("random", _REFINE),
+    "refine_start_step": (3, _REFINE),
+    "refine_every_steps": (0.2, _REFINE),
+    "num_refined_responses": (2, _REFINE),
+    "refine_max_new_tokens": (8, _REFINE),
+    "refine_temperature": (0.5, _REFINE),
+    "refine_top_p": (0.9, {**_REFINE, "refine_temperature": 1.0}),
+    "refine_batch_size": (2, _REFINE),
+    "refine_prompt_template": ("{{ prompt }}\n```\n{{ completion }} | 'again'\n```", _REFINE),
+    "importance_ratio_clip": (2.0, _REFINE),
+    "importance_sampling_level": ("sequence", _REFINE),
+    "refine_discard_flawed": (False, _REFINE),
+    "refine_min_probability": (0.1, _REFINE),
+    "refine_reward_threshold": (0.5, _REFINE),
+    "use_vllm": (True, _REFINE),
+    "selection_method": ("bmo", {}),
+    "bmo_temperature": (0.5, {"selection_method": "bmo"}),
+    "validation_weight": (0.5, {}),
+    "validation_weight_decay": (0.1, {}),
+    "validation_loss_type": ("dpo", {}),
+    "beta": (0.2, {"validation_loss_type": "dpo"}),
+    "per_device_validation_batch_size": (2, {}),
+    "value_function": ("none", {}),
+    "value_function_rows": ("all", _EXCESS),
+    "selector_prior": (0.3, _EXCESS),
+    "selector_activation": ("sigmoid", {}),
+    "selector_optimizer": ("adam", {}),
+    "selector_learning_rate": (0.5, {}),
+    "filter_ratio": (0.1, {}),
+    "amortized_selector": (True, {}),
+    "loss_normalization": ("row", {}),
+    "sample_id_column": ("id", {}),
+    "save_training_rows": (False, {}),
+    "source_column": ("origin", {}),
+}
+
+
+def _own_options():
+    inherited = {option.name for option in fields(SFTConfig)}
+    return [option.name for option in fields(BilevelSFTConfig) if option.name not in inherited]
+
+
+@pytest.mark.parametrize("name", [name for name in _own_options() if not name.startswith("vllm_")])
+def test_command_in_a_card_has_every_option(make_config, build_model, train_dataset, name):
+    value, needed = CHANGED[name]
+    args = make_config(**needed, **{name: value})
+    facts = describe_run(args, build_model(), train_dataset, train_dataset, has_value_function=False)
+    words = shlex.split(dataset_card._command(facts).replace("\\\n", " "))
+    _, parsed, _, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])
+    for option in _own_options():
+        assert getattr(parsed, option) == getattr(args, option), option
+
+
+def test_options_in_a_card_say_nothing_of_the_machine(make_config, build_model, train_dataset, tmp_path):
+    template = tmp_path / "mine.jinja"
+    args = make_config(
+        **_REFINE, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://10.0.0.1", hub_token="hf_write",
+        chat_template_path=str(template),
+    )  # fmt: skip
+    facts = describe_run(args, build_model(), train_dataset, train_dataset, has_value_function=False)
+    assert facts["options"]["chat_template_path"] == "mine.jinja"
+    for secret in ("10.0.0.1", "hf_write", str(tmp_path)):
+        assert secret not in json.dumps(facts)
+
+
+def test_prompt_template_with_code_stays_in_its_place(hub, make_trainer):
+    trainer = make_trainer(refine_prompt_template=CHANGED["refine_prompt_template"][0], max_steps=1, **_REFINE)
+    trainer._save_records(trainer.args.output_dir)
+    trainer.push_curated_dataset(REPO)
+    text = _card(hub).text
+    assert re.search(r"^````bash\npip install[^`]*```[^`]*```[^`]*\n````$", text, flags=re.MULTILINE)
+    assert "\n| `refine_prompt_template` | <code>&#123;" in text
 
 
 def test_retry_command_does_what_the_call_would_have_done(hub, trained):

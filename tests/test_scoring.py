@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from trl_bilevel.amortized_selector import AmortizedSelector
 from trl_bilevel.cli import main
@@ -242,6 +244,55 @@ def test_command_line(make_lora_trainer, build_model, tokenizer, tmp_path, capsy
 def test_missing_options(options, message):
     with pytest.raises(SystemExit, match=message):
         main(["score", *options])
+
+
+def test_base_model_is_of_the_revision_that_the_run_used(make_lora_trainer, build_model, tmp_path, monkeypatch):
+    build_model().save_pretrained(tmp_path / "base")
+    trainer = make_lora_trainer(model=str(tmp_path / "base"), max_steps=1)
+    trainer.model.config._commit_hash = "3f" * 20  # as if it came from the Hub
+    trainer.save_model(str(tmp_path / "run"))
+    prompt_completion_rows(3).to_json(tmp_path / "corpus.jsonl")
+    load, loaded = AutoModelForCausalLM.from_pretrained, []
+
+    def note(name, revision=None, trust_remote_code=False, **options):
+        loaded.append((Path(name).name, revision, trust_remote_code))
+        return load(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    options = ["--dataset_name", str(tmp_path / "corpus.jsonl")]
+    build_model().save_pretrained(tmp_path / "moved")
+    for number, more in enumerate(([], ["--model_revision", "old"], ["--model_name_or_path", str(tmp_path / "moved"),
+                                                                     "--trust_remote_code"])):  # fmt: skip
+        command = ["score", str(tmp_path / "run"), *options, "--output_dir", str(tmp_path / str(number)), *more]
+        assert main(command) == 0
+    assert loaded == [("base", "3f" * 20, False), ("base", "old", False), ("moved", None, True)]
+
+
+def test_what_scoring_cannot_honour_is_refused(make_trainer, tmp_path, capsys):
+    rows = prompt_completion_rows(24)
+    rows.to_json(tmp_path / "corpus.jsonl")
+    options = ["--dataset_name", str(tmp_path / "corpus.jsonl"), "--output_dir", str(tmp_path / "out")]
+    trainer = make_trainer()
+    trainer.save_model(str(tmp_path / "whole"))
+    for name in ("model_name_or_path", "model_revision"):
+        with pytest.raises(SystemExit, match=rf"`--{name} x` has no effect: .*whole holds a whole model"):
+            main(["score", str(tmp_path / "whole"), *options, f"--{name}", "x"])
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(tmp_path / "whole"), *options, "--use_peft", "--lora_r", "4"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --use_peft --lora_r 4" in capsys.readouterr().err
+    questions = [
+        rows.rename_columns({"prompt": "question", "completion": "answer"})
+        for rows in (rows, prompt_completion_rows(8, 900))
+    ]
+    formatted = make_trainer(
+        train_dataset=questions[0], validation_dataset=questions[1], formatting_func=lambda row: row["question"],
+        completion_only_loss=False,
+    )  # fmt: skip
+    formatted.save_model(str(tmp_path / "formatted"))
+    with pytest.raises(SystemExit, match=r"made by a `formatting_func`.*Score in the training script: `trainer.score"):
+        main(["score", str(tmp_path / "formatted"), *options])
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_that_is_no_run(tmp_path):

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from trl_bilevel.cli import main
-from trl_bilevel.hub import PublishError
+from trl_bilevel.hub_errors import PublishError
 from trl_bilevel.report import build_report
 
 

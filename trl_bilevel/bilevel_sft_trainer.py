@@ -114,7 +114,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         self._know_the_rows(train_dataset, args, data_selector)
         if isinstance(data_selector, (str, os.PathLike)):
-            data_selector = DataSelector.from_pretrained(data_selector)
+            data_selector = DataSelector.from_pretrained(data_selector, token=args.hub_token)
         check_arguments(args, data_collator, data_selector, reward_funcs)
         reward_funcs = check_reward_funcs(reward_funcs)
 
@@ -199,7 +199,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             *args, **kwargs: as in Trainer.
 
         Raises:
-            `ValueError`: if the checkpoint is torn or damaged, naming the file, or belongs to other rows or options.
+            `ValueError`: if there is no such checkpoint, if it is torn or damaged, naming the file, or if it belongs
+                to other rows or options.
         """
         resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         if self.refiner is not None:

@@ -126,13 +126,8 @@ def find_checkpoint(output_dir: str | os.PathLike, skip_damaged: bool) -> Path |
     Raises:
         `ValueError`: if the newest is damaged and `skip_damaged` is not set, or if there are some and none is whole.
     """
-    folders = {
-        int(match[1]): path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (match := _FOLDER_NAME.fullmatch(path.name))
-    }
     reasons = []
-    for _, folder in sorted(folders.items(), reverse=True):
+    for _, folder in sorted(_checkpoints(output_dir).items(), reverse=True):
         state, why = find_problem(folder)
         if state == "whole":
             return folder
@@ -151,6 +146,50 @@ def find_checkpoint(output_dir: str | os.PathLike, skip_damaged: bool) -> Path |
 def is_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a folder has the name of one of Trainer's checkpoints."""
     return bool(_FOLDER_NAME.fullmatch(Path(directory).name))
+
+
+def read_resume_option(value: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | bool | None:
+    """
+    What `resume_from_checkpoint` asks for. From the command line it is text, where `true` and `false` are meant so.
+
+    Args:
+        value (`str`, `os.PathLike` or `bool`, *optional*): the option.
+        output_dir (`str` or `os.PathLike`): output folder of the run.
+
+    Returns:
+        `str` or `bool`, *optional*: a folder, `True`, `"last_intact"`, or `None` to train from the start.
+
+    Raises:
+        `ValueError`: for a path that is no folder, or if the run has no checkpoint to choose from. Whether one is
+            whole is not looked at.
+    """
+    text = str(value) if isinstance(value, bool) else os.fspath(value or "")
+    if text.lower() in ("", "false"):
+        return None
+    is_newest = text.lower() == "true"
+    if not is_newest and text != LAST_INTACT:
+        if not os.path.isdir(text):
+            raise ValueError(
+                f"`resume_from_checkpoint={text!r}` is no folder. Give a checkpoint's, such as "
+                f"{os.path.join(output_dir, f'{PREFIX_CHECKPOINT_DIR}-500')!r}; True for the newest one in "
+                f"`output_dir`, or {LAST_INTACT!r} for the newest that is undamaged."
+            )
+        return text
+    if not _checkpoints(output_dir):
+        raise ValueError(
+            f"No valid checkpoint found in {output_dir}, to go on as `resume_from_checkpoint={text}` asks. Leave it "
+            "out to train from the start, or give the `output_dir` of the run to go on with."
+        )
+    return True if is_newest else text
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The folders of a run's checkpoints by their steps, whole or not."""
+    return {
+        int(match[1]): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := _FOLDER_NAME.fullmatch(path.name))
+    }
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .checkpoint_files import (
     check_checkpoint,
     find_checkpoint,
     is_checkpoint,
+    read_resume_option,
     remove_manifest,
     write_manifest,
 )
@@ -117,7 +118,7 @@ class Checkpointing(SFTTrainer):
                 if part is not None:
                     part.save(directory)
             self._save_records(directory)
-            write_run_settings(directory, self.args)
+            write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)
 
     def _save_records(self, directory: str) -> None:
@@ -145,20 +146,20 @@ class Checkpointing(SFTTrainer):
             self.value_function.save_optimizer(output_dir)
 
     # ---- Going on ----
-    def _choose_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | bool | None:
-        """The checkpoint to resume from, the same on all processes, or what Trainer makes of there being none."""
+    def _choose_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
+        """The checkpoint to resume from, the same on all processes, or `None` to train from the start."""
         if not resume_from_checkpoint:
             return None
-        chosen: list[str | bool | ValueError] = [True]  # or why there is none
+        chosen: list[str | ValueError | None] = [None]  # or why there is none
         if self.is_world_process_zero():
             try:
-                if resume_from_checkpoint is True or resume_from_checkpoint == LAST_INTACT:
-                    found = find_checkpoint(self.args.output_dir, skip_damaged=resume_from_checkpoint is not True)
-                    chosen = [True if found is None else str(found)]
-                else:
-                    if os.path.isdir(resume_from_checkpoint):
-                        check_checkpoint(resume_from_checkpoint)
-                    chosen = [os.fspath(resume_from_checkpoint)]
+                asked_for = read_resume_option(resume_from_checkpoint, self.args.output_dir)
+                if asked_for is True or asked_for == LAST_INTACT:
+                    found = find_checkpoint(self.args.output_dir, skip_damaged=asked_for is not True)
+                    chosen = [str(found)]
+                elif isinstance(asked_for, str):
+                    check_checkpoint(asked_for)
+                    chosen = [asked_for]
             except ValueError as refused:
                 chosen = [refused]
         found_by_main = broadcast_object_list(chosen)[0]

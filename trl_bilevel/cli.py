@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 
 from . import __version__
-from .command_line import one_line_errors, parse_known_options, parse_options, print_in_any_locale
+from .command_line import one_line_errors, parse_known_options, parse_options, print_in_any_locale, quiet_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,9 @@ def _run_sft(options: list[str]) -> None:
     script = resources.files("trl_bilevel.scripts").joinpath("sft.py")
     script_options = _without_subsequence(options, from_options)
     # Quiet: the script has said what went wrong; the launcher's own traceback adds nothing
-    launch_command(launch_command_parser().parse_args(["--quiet", *launch_options, str(script), *script_options]))
+    launch = launch_command_parser().parse_args(["--quiet", *launch_options, str(script), *script_options])
+    with quiet_launcher():
+        launch_command(launch)
 
 
 def _run_score(options: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dis
 import io
+import logging
 import os
 import sys
 import textwrap
@@ -91,6 +92,32 @@ def one_line_errors(everywhere: bool = False) -> Iterator[None]:
         if os.environ.get(TRACEBACK_VARIABLE) or not (everywhere or _is_for_the_user(error)):
             raise
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def quiet_launcher() -> Iterator[None]:
+    """
+    End with exit code 1 where one of several launched processes has failed, which has said why itself.
+
+    The launcher's traceback and records of which process failed first are shown where `TRL_BILEVEL_TRACEBACK` is set.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if os.environ.get(TRACEBACK_VARIABLE):
+        yield
+        return
+    records = logging.getLogger("torch.distributed.elastic")
+    level = records.level
+    records.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not say anything
+            raise SystemExit(f"error: process {rank} was ended by {failure.signal_name()}") from None
+        raise SystemExit(1) from None
+    finally:
+        records.setLevel(level)
 
 
 def _is_for_the_user(error: Exception) -> bool:

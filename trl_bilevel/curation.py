@@ -8,7 +8,9 @@ from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN, apply_refined
 
 
 SAMPLE_ID_COLUMN = "sample_id"
-CURATION_COLUMNS = ("weight", "rank", "scored", "response_source", ORIGINAL_COLUMN, RESPONSES_COLUMN)
+SCORE_COLUMNS = ("weight", "rank", "scored", "response_source")
+"""What [`curate_dataset`] says of every row, besides its `sample_id`."""
+CURATION_COLUMNS = (*SCORE_COLUMNS, ORIGINAL_COLUMN, RESPONSES_COLUMN)
 """Columns that [`curate_dataset`] adds to the user's, besides `sample_id`."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .selector_files import read_selector_state, read_selector_table, write_selector_state, write_selector_table
+from . import selector_files
 from .selector_transfer import transferred_logits
 from .selector_updates import (
     SelectorActivation,
@@ -278,7 +278,7 @@ class DataSelector:
         Returns:
             `pathlib.Path`: the file written.
         """
-        return write_selector_state(directory, self._state(), self._identity(fingerprint))
+        return selector_files.write_selector_state(directory, self._state(), self._identity(fingerprint))
 
     def load(self, directory: str | os.PathLike, fingerprint: str) -> None:
         """
@@ -288,7 +288,7 @@ class DataSelector:
             `FileNotFoundError`: if the directory holds no selector state.
             `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
         """
-        self._restore(read_selector_state(directory, self._identity(fingerprint)))
+        self._restore(selector_files.read_selector_state(directory, self._identity(fingerprint)))
 
     def _state(self) -> dict[str, torch.Tensor]:
         tensors = {
@@ -321,28 +321,30 @@ class DataSelector:
         Returns:
             `pathlib.Path`: `data_selector.parquet`, with the columns `sample_id`, `logit`, `weight` and `scored`.
         """
-        columns = {
-            "sample_id": self.sample_ids,
-            "logit": self.logits.numpy(),
-            "weight": self.weights().numpy(),
-            "scored": self.scored.numpy(),
-        }
-        return write_selector_table(directory, pa.table(columns), self.activation)
+        return selector_files.write_selector_table(directory, selector_files.selector_table(self))
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike) -> "DataSelector":
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        revision: str | None = None,
+        token: str | None = None,
+        split: str | None = None,
+    ) -> "DataSelector":
         """
         Read a selector that `save_pretrained` wrote, or one that SEAL (arXiv 2410.07471) published.
 
         Args:
-            name_or_path (`str` or `os.PathLike`): a directory; a dataset repository on the Hub; or a `.pt` file with a
+            name_or_path (`str` or `os.PathLike`): a directory; a curated dataset on the Hub; or a `.pt` file with a
                 bare vector of softmax logits, whose ids are the positions.
+            revision, token (`str`, *optional*): of the repository on the Hub, and to read it with.
+            split (`str`, *optional*): of the dataset there; `train`, or the only one, if `None`.
 
         Raises:
             `FileNotFoundError`: if there is no selector.
             `ValueError`: if the file is damaged or holds something else.
         """
-        table, activation = read_selector_table(name_or_path)
+        table, activation = selector_files.read_selector_table(name_or_path, revision, token, split)
         selector = cls(table.num_rows, activation=activation, sample_ids=table.column("sample_id"))
         selector._unit_logits.copy_(torch.tensor(table.column("logit").to_numpy()))
         selector._scored.copy_(torch.tensor(table.column("scored").to_numpy()))

@@ -13,7 +13,10 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN
+from .citation import PAPER_CITATION, PAPER_ID
+from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
+from .parquet_files import column
+from .refined_rows import ORIGINAL_COLUMN
 from .run_records import source_ids, source_text
 
 
@@ -21,7 +24,6 @@ CONFIGS = ("curated", "scores", "refined")
 FIGURE_PATH = "assets/weights.png"
 START_MARK = "<!-- trl-bilevel: start -->"
 END_MARK = "<!-- trl-bilevel: end -->"
-_CURATION_COLUMNS = ("sample_id", "weight", "rank", "scored", "response_source", ORIGINAL_COLUMN, RESPONSES_COLUMN)
 _NUM_EXAMPLES = 5
 _LONGEST_EXAMPLE = 200  # characters
 _SMALLEST_WEIGHT = 1e-6
@@ -89,19 +91,37 @@ def build_card(
         "source": source_text(training),
         "validation": source_text(validation),
         "figure": FIGURE_PATH,
-        "stricter": round(max(0.01, num_kept / len(scored) / 2), 2),
-        "source_columns": [escape(name) for name in scored.column_names if name not in _CURATION_COLUMNS],
+        "stricter": _stricter_ratio(num_kept, len(scored)),
+        "source_columns": [escape(name) for name in _source_columns(scored)],
         "base_model": facts["base_model"],
         "method": facts["method"],
-        "options": {name: value for name, value in facts["options"].items() if value is not None},
+        "options": {name: option_cell(value) for name, value in facts["options"].items() if value is not None},
+        "paper_id": PAPER_ID,
+        "citation": PAPER_CITATION,
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
         "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
         "command": _command(facts),
+        "fence": _fence(_command(facts)),
         "examples": {} if sensitive else _examples(scored, kept, refined),
     }
     template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
     ours = Environment(keep_trailing_newline=True, trim_blocks=True).from_string(template).render(values)
     return _merge(metadata, ours, old_card)
+
+
+def _stricter_ratio(num_kept: int, num_rows: int) -> float:
+    """
+    A `keep_ratio` for half of the published rows, at least one; two digits are near enough not to ask for more.
+
+    Example:
+
+    ```python
+    >>> _stricter_ratio(700, 1000), _stricter_ratio(1, 3), _stricter_ratio(2, 30_000)
+    (0.35, 0.33, 3.3e-05)
+
+    ```
+    """
+    return float(f"{max(1, num_kept // 2) / num_rows:.2g}")
 
 
 def _tags(card: DatasetCard | None) -> list[str]:
@@ -135,12 +155,18 @@ def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) ->
 
 def _merge_configs(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours, with the splits that other runs published, then those of others."""
+    published = {entry["split"] for config in ours for entry in config["data_files"]}
+    new, old = ({config["config_name"]: config for config in configs} for configs in (ours, found))
     merged = []
-    for config in ours:
-        old = next((other for other in found if other["config_name"] == config["config_name"]), {})
-        splits = {entry["split"]: entry for entry in old.get("data_files") or [] if isinstance(entry, dict)}
-        splits |= {entry["split"]: entry for entry in config["data_files"]}
-        merged.append({**config, "data_files": list(splits.values())})
+    for name in CONFIGS:
+        entries = [entry for entry in old.get(name, {}).get("data_files") or [] if isinstance(entry, dict)]
+        splits = {entry["split"]: entry for entry in entries}
+        if name in new:
+            splits |= {entry["split"]: entry for entry in new[name]["data_files"]}
+        else:  # a split without refined rows says nothing of the others
+            splits = {split: entry for split, entry in splits.items() if split not in published}
+        if splits:
+            merged.append({**(new[name] if name in new else old[name]), "data_files": list(splits.values())})
     return merged + [other for other in found if other["config_name"] not in CONFIGS]
 
 
@@ -155,9 +181,8 @@ def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
     return configs
 
 
-def column(dataset: Dataset, name: str) -> np.ndarray:
-    """A column of numbers or strings, at once and not row by row."""
-    return np.asarray(dataset.select_columns([name]).with_format("arrow")[:].column(name))
+def _source_columns(scored: Dataset) -> list[str]:
+    return [name for name in scored.column_names if name not in (SAMPLE_ID_COLUMN, *CURATION_COLUMNS)]
 
 
 def split_name(dataset: Dataset) -> str:
@@ -232,6 +257,27 @@ def escape(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
     )
 
 
+def option_cell(value: Any) -> str:
+    """
+    The value of an option as one cell of a Markdown table.
+
+    Example:
+
+    ```python
+    >>> option_cell(0.5), option_cell("a|b")
+    ('`0.5`', '<code>a&#124;b</code>')
+
+    ```
+    """
+    text = str(value)
+    return f"`{text}`" if text.isprintable() and not {"|", "`"} & set(text) else f"<code>{escape(text)}</code>"
+
+
+def _fence(code: str) -> str:
+    """What code begins and ends with in Markdown: more backticks than it has itself."""
+    return "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", code)), default=0))
+
+
 def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     rank = column(scored, "rank")
     dropped = np.flatnonzero(~kept)
@@ -240,7 +286,7 @@ def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[st
         "Dropped, of the lowest weight": dropped[np.argsort(-rank[dropped])][:_NUM_EXAMPLES],
         "Regenerated, and the answers they replaced": np.flatnonzero(refined)[:_NUM_EXAMPLES],
     }
-    columns = [name for name in scored.column_names if name not in _CURATION_COLUMNS]
+    columns = _source_columns(scored)
     examples: dict[str, list[dict[str, Any]]] = {}
     for title, indices in groups.items():
         examples[title] = []

@@ -1,17 +1,12 @@
 """Curated datasets on the Hub: published in one commit, and loaded again."""
 
-import errno
 import logging
-import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, load_dataset
@@ -20,29 +15,22 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from .curation import SAMPLE_ID_COLUMN, check_keep_ratio, count_kept
-from .dataset_card import CONFIGS, FIGURE_PATH, build_card, column, split_name
-from .parquet_files import write_parquet
+from .curation import SAMPLE_ID_COLUMN, SCORE_COLUMNS, check_keep_ratio, count_kept
+from .dataset_card import CONFIGS, FIGURE_PATH, build_card, split_name
+from .hub_errors import ATTEMPTS, explained, retried
+from .parquet_files import column, write_parquet
 from .refined_rows import RESPONSES_COLUMN
+from .selector_files import selector_table_name, write_selector_table
 
 
 logger = logging.getLogger(__name__)
 
-_SCORE_COLUMNS = (SAMPLE_ID_COLUMN, "weight", "rank", "scored", "response_source")
 _ROWS_PER_FILE = 500_000
-_ATTEMPTS = 4
-_FIRST_WAIT = 1.0  # seconds; doubles
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
-class PublishError(RuntimeError):
-    """The Hub did not take a dataset or a model. It is on disk still; the message says what to do."""
 
 
 def publish_curated_dataset(
@@ -59,6 +47,7 @@ def publish_curated_dataset(
     sensitive: bool = False,
     retry_command: str | None = None,
     ask_license: Callable[[], str | None] | None = None,
+    selector: pa.Table | None = None,
 ) -> CommitInfo:
     """
     Publish a curated dataset with its scores, refined answers, and card, in one commit.
@@ -80,13 +69,15 @@ def publish_curated_dataset(
         sensitive (`bool`): show no rows in the card.
         retry_command (`str`, *optional*): publishes later what is on disk; part of the error.
         ask_license (`Callable`, *optional*): called if no license is known; without it that is a warning.
+        selector (`pyarrow.Table`, *optional*): the weights for other runs, see
+            [`~trl_bilevel.selector_files.selector_table`], which [`DataSelector.from_pretrained`] reads.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit, or the last one if nothing changed.
 
     Raises:
         `ValueError`: for a ratio out of range or a repository name that cannot be.
-        [`PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
+        [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
     """
     num_kept = count_kept(len(scored), keep_ratio)
     try:
@@ -95,23 +86,23 @@ def publish_curated_dataset(
         raise ValueError(f"`repo_id={repo_id!r}` cannot be a repository's name: {error}") from error
     api = HfApi(token=token)
     with explained(repo_id, retry_command):
-        repo_id = _retried(
+        repo_id = retried(
             lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         ).repo_id
         if revision is not None:
-            _retried(lambda: api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True))
+            retried(lambda: api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True))
         ask_once = cache(ask_license) if ask_license is not None else None
-        for attempt in range(_ATTEMPTS):
-            info = _retried(lambda: api.dataset_info(repo_id, revision=revision))
+        for attempt in range(ATTEMPTS):
+            info = retried(lambda: api.dataset_info(repo_id, revision=revision))
             existing = {sibling.rfilename for sibling in info.siblings or []}
             old_card = _read_card(api, repo_id, info.sha) if "README.md" in existing else None
             terms = _resolve_terms(api, repo_id, facts, license, language, old_card, ask_once)
             with tempfile.TemporaryDirectory() as folder:
                 card = build_card(scored, num_kept, facts, repo_id, *terms, sensitive, old_card, Path(folder))
-                operations = _commit_operations(scored, num_kept, card, existing, Path(folder))
+                operations = _commit_operations(scored, num_kept, selector, card, existing, Path(folder))
                 message = commit_message or f"Curated dataset: {num_kept:,} of {len(scored):,} rows"
                 try:
-                    return _retried(
+                    return retried(
                         partial(
                             api.create_commit,
                             repo_id,
@@ -124,18 +115,22 @@ def publish_curated_dataset(
                     )
                 except HfHubHTTPError as error:
                     # Somebody else's commit, or ours whose answer was lost: what is there now is read again
-                    if error.response.status_code != 412 or attempt == _ATTEMPTS - 1:
+                    if error.response.status_code != 412 or attempt == ATTEMPTS - 1:
                         raise
     raise AssertionError("unreachable")
 
 
 def _commit_operations(
-    scored: Dataset, num_kept: int, card: DatasetCard, existing: set[str], folder: Path
+    scored: Dataset, num_kept: int, selector: pa.Table | None, card: DatasetCard, existing: set[str], folder: Path
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Write the files of a commit to a folder that holds the card's figure; files of ours that are no more leave."""
     files = write_configs(scored, num_kept, folder)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
-    ours = tuple(f"{config}/{split_name(scored)}-" for config in CONFIGS)
+    selector_name = selector_table_name(split_name(scored))
+    if selector is not None:
+        write_selector_table(folder, selector, selector_name)
+        files.append(selector_name)
+    ours = (*(f"{config}/{split_name(scored)}-" for config in CONFIGS), selector_name)
     stale = sorted(name for name in existing if name.startswith(ours) and name not in files)
     return [
         *(CommitOperationAdd(name, str(folder / name)) for name in [*files, FIGURE_PATH, "README.md"]),
@@ -187,15 +182,15 @@ def add_to_collection(
         `str`: the collection's slug.
 
     Raises:
-        [`PublishError`]: if the Hub cannot be reached or refuses.
+        [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses.
     """
     api = HfApi(token=token)
     with explained(f"The collection {title!r}"):
-        collection = _retried(
+        collection = retried(
             lambda: api.create_collection(title, namespace=namespace, private=bool(private), exists_ok=True)
         )
         for repo_id, kind in repos.items():
-            _retried(
+            retried(
                 lambda repo_id=repo_id, kind=kind: api.add_collection_item(
                     collection.slug, item_id=repo_id, item_type=kind, exists_ok=True
                 )
@@ -215,7 +210,7 @@ def write_configs(scored: Dataset, num_kept: int, folder: Path) -> list[str]:
     curated = scored.select(np.flatnonzero(kept))
     if RESPONSES_COLUMN in curated.column_names:
         curated = curated.remove_columns(RESPONSES_COLUMN)
-    scores = scored.select_columns(list(_SCORE_COLUMNS)).add_column("kept", pa.array(kept))
+    scores = scored.select_columns([SAMPLE_ID_COLUMN, *SCORE_COLUMNS]).add_column("kept", pa.array(kept))
     tables = {"curated": curated, "scores": scores}
     if RESPONSES_COLUMN in scored.column_names:
         is_refined = column(scored, "response_source") == "refined"
@@ -311,7 +306,7 @@ def _read_card(api: HfApi, repo_id: str, revision: str) -> DatasetCard | None:
         `ValueError`: for a card whose metadata cannot be read.
     """
     try:
-        path = _retried(lambda: api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
+        path = retried(lambda: api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
     except RemoteEntryNotFoundError:
         return None
     try:
@@ -321,74 +316,3 @@ def _read_card(api: HfApi, repo_id: str, revision: str) -> DatasetCard | None:
             f"The metadata of the card of {repo_id} cannot be read ({error.__class__.__name__}). Mend the YAML at its "
             "top, then push again."
         ) from error
-
-
-def _retried(call: Any) -> Any:
-    """Once more, after a while, for what may pass: a busy or broken server, a cut connection."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return call()
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if attempt == _ATTEMPTS - 1 or (status is not None and status not in _TRANSIENT):
-                raise
-            wait = _FIRST_WAIT * 2**attempt
-            logger.warning(f"The Hub did not answer ({error.__class__.__name__}, {status}); again in {wait:.0f} s.")
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-@contextmanager
-def explained(repo_id: str, retry_command: str | None = None) -> Iterator[None]:
-    """
-    Turns errors of the Hub's client into a [`PublishError`] that names the cure.
-
-    No token and no address of a request is in its message.
-
-    Args:
-        repo_id (`str`): what is published.
-        retry_command (`str`, *optional*): publishes later what is on disk.
-    """
-    later = f" To publish it later: `{retry_command}`." if retry_command else ""
-    namespace = repo_id.split("/")[0] if "/" in repo_id else "your account"
-    try:
-        yield
-    except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
-        # An upload's own error is the cause of the client's
-        reason = _reason(error.__cause__ or error if isinstance(error, RuntimeError) else error, namespace)
-        if reason is None:
-            raise
-        raise PublishError(f"{repo_id} was not published{reason}.{later}") from error
-    except ValueError as error:
-        if not isinstance(error.__cause__, HfHubHTTPError):
-            raise
-        # The client's error where the Hub does not accept a card
-        problems = "; ".join(line.removeprefix("- ") for line in str(error).splitlines()[1:])
-        raise PublishError(
-            f"{repo_id} was not published: its card is refused ({problems}). Pass another value, or mend the card on "
-            f"the Hub.{later}"
-        ) from error
-
-
-def _reason(error: BaseException, namespace: str) -> str | None:
-    """What is wrong and what cures it, for what can go wrong between here and the Hub."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return ": offline mode is on. Unset `HF_HUB_OFFLINE`, and push again"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        reasons = {
-            401: "the token is missing or not valid. Log in with `hf auth login`, or pass `token=`",
-            403: f"the token may not write to {namespace}. It needs the permission to write to the contents of "
-            f"repositories of {namespace}, and you must be a member of it",
-            404: f"{namespace} does not exist, or you cannot see the repository or revision. Check its name",
-            409: "the name is taken by something else, or the repository changed meanwhile. Push again",
-            412: "the repository changed meanwhile. Push again",
-            429: "the Hub has had too many requests. Push again in a while",
-        }
-        return f" ({status}): {reasons.get(status, 'the Hub has failed. Push again in a while')}"
-    if isinstance(error, (httpx2.TransportError, ConnectionError, LocalEntryNotFoundError)):
-        return f": the Hub cannot be reached ({error.__class__.__name__}). Push again"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" under {Path(error.filename).parent}" if error.filename else f" under {tempfile.gettempdir()}"
-        return f": {os.strerror(error.errno)}. Free some space{where}, or set `TMPDIR`"
-    return None

@@ -13,22 +13,16 @@ from huggingface_hub import CommitInfo
 
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpointing import Checkpointing
-from .hub import add_to_collection, explained, publish_curated_dataset
+from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
+from .hub import add_to_collection, publish_curated_dataset
+from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
 from .run_records import is_hub_id, push_command, source_ids, upload_command
+from .selector_files import selector_table
 
 
 logger = get_logger(__name__)
-
-_PAPER_TITLE = "Bilevel Data Curation for LLM Fine-tuning: Offline Selection and Online Self-Refining Generation"
-_PAPER_CITATION = f"""\
-@article{{xiao2025bilevel,
-    title        = {{{{{_PAPER_TITLE}}}}},
-    author       = {{Quan Xiao and Yutong Xuan and Gaowen Liu and Ramana Rao Kompella and Tianyi Chen}},
-    year         = 2025,
-    eprint       = {{arXiv:2511.21056}},
-}}"""
 
 
 class HubPublishing(Checkpointing):
@@ -36,7 +30,7 @@ class HubPublishing(Checkpointing):
 
     _tag_names = ["trl", "bilevel-sft"]
     _name = "Bilevel SFT"
-    _paper = {"title": _PAPER_TITLE, "id": "2511.21056", "citation": _PAPER_CITATION}
+    _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": PAPER_CITATION}
 
     args: BilevelSFTConfig
     _run_facts: dict[str, Any]
@@ -111,6 +105,7 @@ class HubPublishing(Checkpointing):
                 language=language,
                 sensitive=sensitive,
                 retry_command=retry_command,
+                selector=selector_table(self.data_selector),
             )
         self._curated_repo_id = commit.repo_url.repo_id
         if collection is not None:
@@ -132,7 +127,7 @@ class HubPublishing(Checkpointing):
         As in Trainer: the model or adapter, its processing class and its card.
 
         Raises:
-            [`~trl_bilevel.hub.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
+            [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
         """
         with explained(self._repo_id, self._upload_command()):
             return super().push_to_hub(*args, **kwargs)
@@ -211,5 +206,5 @@ class HubPublishing(Checkpointing):
             is_adapter=is_peft_model(self.model),
             datasets=datasets,
             tags={*own_tags, *self._tag_names},
-            citation=_PAPER_CITATION,
+            citation=PAPER_CITATION,
         ).save(folder / "README.md")

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
+from .dataset_card import option_cell
 from .run_records import source_text
 
 
@@ -67,7 +68,7 @@ def build_model_card(
             training=f"{source_text(facts['training'])}: {facts['training']['num_rows']} rows",
             validation=f"{source_text(facts['validation'])}: {facts['validation']['num_rows']} rows",
             method=facts["method"],
-            options=facts["options"],
+            options={name: option_cell(value) for name, value in facts["options"].items()},
             results=results,
             versions=", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
             citation=citation,

@@ -63,8 +63,13 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
 
 def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     """A column. Indexing a dataset would gather rows that were selected or filtered one by one."""
-    column = dataset.data.column(name)
-    return column if dataset._indices is None else column.take(dataset._indices.column(0))
+    stored = dataset.data.column(name)
+    return stored if dataset._indices is None else stored.take(dataset._indices.column(0))
+
+
+def column(dataset: Dataset, name: str) -> np.ndarray:
+    """A column of numbers or strings as an array, shape (N,)."""
+    return read_column(dataset, name).to_numpy()
 
 
 def read_pieces(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:

@@ -16,9 +16,9 @@ from datasets import Dataset
 from jinja2 import Environment, StrictUndefined
 
 from .curation import check_keep_ratio, count_kept
-from .dataset_card import column
 from .dataset_checks import resolve_sources
 from .model_card import validation_loss_unit
+from .parquet_files import column
 from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
 from .row_scores import find_scores

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint_files import is_checkpoint
 from .data_selector import DataSelector
+from .selector_files import selector_table
 from .whole_files import damage_explained, write_whole
 
 
@@ -32,16 +33,10 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprin
         fingerprint (`str`): of the training rows.
         step (`int`): optimizer step of the scores.
     """
-    table = pa.table(
+    table = selector_table(selector)
+    table = table.append_column("judged", pa.array(selector.judged.numpy())).replace_schema_metadata(
         {
-            "sample_id": selector.sample_ids,
-            "logit": selector.logits.numpy(),
-            "weight": selector.weights().numpy(),
-            "scored": selector.scored.numpy(),
-            "judged": selector.judged.numpy(),
-        }
-    ).replace_schema_metadata(
-        {
+            **table.schema.metadata,
             "rows_fingerprint": fingerprint,
             "step": str(step),
             _WRITE_NUMBER: str(_last_write_number(Path(directory)) + 1),

@@ -10,79 +10,28 @@ import re
 import secrets
 import shlex
 import shutil
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.table import ConcatenationTable, MemoryMappedTable
-from peft import LoraConfig
 from trl.trainer.utils import get_config_model_id
 
+from .card_options import card_options, model_options
 from .curation import curate_dataset
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 from .row_scores import find_scores, read_scores
+from .selector_files import ACTIVATION_KEY
 from .whole_files import damage_explained, write_whole
 
 
 ROWS_FOLDER_NAME = "_training_rows"
 FACTS_FILE_NAME = "_run.json"
-_ALWAYS_SHOWN = ("selection_method", "validation_weight", "num_train_epochs", "learning_rate", "seed")
 _FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"
 _PACKAGES = ("trl-bilevel", "trl", "transformers", "peft", "datasets", "torch")
-# An allow-list: nothing else of the arguments, such as paths, tokens and addresses, may reach a card
-_CARD_OPTIONS = (
-    "selection_method",
-    "bmo_temperature",
-    "validation_weight",
-    "validation_weight_decay",
-    "validation_loss_type",
-    "beta",
-    "value_function",
-    "value_function_rows",
-    "selector_prior",
-    "selector_activation",
-    "selector_optimizer",
-    "selector_learning_rate",
-    "filter_ratio",
-    "loss_normalization",
-    "refine_ratio",
-    "refine_mode",
-    "refine_start_step",
-    "refine_every_steps",
-    "num_refined_responses",
-    "refine_max_new_tokens",
-    "refine_temperature",
-    "refine_top_p",
-    "importance_ratio_clip",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_validation_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "max_length",
-    "truncation_mode",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "packing",
-    "padding_free",
-    "shuffle_dataset",
-    "train_sampling_strategy",
-    "source_column",
-    "seed",
-)
 # Where `load_dataset` caches a repository's rows, the only place that says which commit they are of
 _CACHE_PATH = re.compile(
     r".*/((?P<namespace>[^/]+)___)?(?P<name>[^/]+)/(?P<config>[^/]+)/\d+\.\d+\.\d+/(?P<revision>[0-9a-f]{40})/[^/]+"
@@ -168,12 +117,26 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
     return curate_dataset(
         rows,
         scores.column("sample_id"),
-        weights=_column(scores, "weight"),
-        scores=_column(scores, "logit"),
-        scored=_column(scores, "scored"),
-        judged=_column(scores, "judged"),
+        weights=scores.column("weight").to_numpy(),
+        scores=scores.column("logit").to_numpy(),
+        scored=scores.column("scored").to_numpy(),
+        judged=scores.column("judged").to_numpy(),
         keep_ratio=keep_ratio,
         responses=refined,
+    )
+
+
+def read_selector(run_dir: str | os.PathLike) -> pa.Table:
+    """
+    The weights of a run on disk for other runs, see [`~trl_bilevel.selector_files.selector_table`].
+
+    Raises:
+        `FileNotFoundError`: if there is no run.
+        `ValueError`: if its scores are damaged.
+    """
+    scores, _ = read_scores(find_scores(run_dir))
+    return scores.drop_columns("judged").replace_schema_metadata(
+        {ACTIVATION_KEY: scores.schema.metadata[ACTIVATION_KEY]}
     )
 
 
@@ -231,10 +194,6 @@ def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()
-
-
 def describe_run(
     args: Any, model: Any, training: Dataset | IterableDataset, validation: Dataset, has_value_function: bool
 ) -> dict[str, Any]:
@@ -242,7 +201,7 @@ def describe_run(
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
 
     Args:
-        args ([`BilevelSFTConfig`]): options; those of an allow-list are taken.
+        args ([`BilevelSFTConfig`]): options, see [`~trl_bilevel.card_options.card_options`].
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): what is trained. Its name is left out if it is
             that of a folder of this machine.
         training (`datasets.Dataset` or `datasets.IterableDataset`): rows as the user passed them.
@@ -253,30 +212,12 @@ def describe_run(
     return {
         "method": args.selection_method.upper() + (" with a value function" if has_value_function else ""),
         "base_model": model_name if model_name and is_hub_id(model_name) else None,
-        "options": {
-            name: value.value if isinstance(value := getattr(args, name), Enum) else value
-            for name in _CARD_OPTIONS
-            if name in _ALWAYS_SHOWN or getattr(args, name) != type(args).__dataclass_fields__[name].default
-        },
-        "model_options": _model_options(model),
+        "options": card_options(args),
+        "model_options": model_options(model),
         "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),
     }
-
-
-def _model_options(model: Any) -> dict[str, Any]:
-    """Options of TRL's `ModelConfig` that give the same adapter and quantization, as far as it has them."""
-    options: dict[str, Any] = {}
-    quantization = getattr(model.config, "quantization_config", None)
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(quantization, name, False):
-            options[name] = True
-    if is_peft_model(model) and isinstance(lora := model.peft_config[model.active_adapter], LoraConfig):
-        options |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha}
-        if isinstance(lora.target_modules, (list, set)):
-            options["lora_target_modules"] = sorted(lora.target_modules)
-    return options
 
 
 def is_hub_id(name: str) -> bool:

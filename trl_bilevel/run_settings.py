@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl import SFTConfig
 
@@ -29,15 +29,38 @@ def row_options(args: SFTConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _ROW_OPTIONS}
 
 
-def write_run_settings(directory: str | os.PathLike, args: SFTConfig) -> None:
-    """Write `bilevel_sft.json` to an existing directory, whole or not at all."""
-    text = json.dumps({"rows": row_options(args)}, indent=2) + "\n"
+class RunSettings(NamedTuple):
+    """What scoring rows as a run did needs to know of it, besides its files."""
+
+    row_options: dict[str, Any]
+    """Options of [`~trl.SFTConfig`] under which the run prepared its rows."""
+    has_formatting_func: bool
+    """Whether a function of the training script made the rows' text."""
+    model_revision: str | None
+    """Commit, or else branch or tag, of the base model on the Hub."""
+
+
+def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
+    """
+    Write `bilevel_sft.json`, whole or not at all.
+
+    Args:
+        directory (`str` or `os.PathLike`): an existing directory.
+        trainer ([`~trl.SFTTrainer`]): of the run.
+    """
+    asked_for = (trainer.args.model_init_kwargs or {}).get("revision")
+    settings = {
+        "rows": row_options(trainer.args),
+        "has_formatting_func": trainer._formatting_func is not None,
+        "model_revision": getattr(trainer.model.config, "_commit_hash", None) or asked_for,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
     write_whole(Path(directory) / RUN_SETTINGS_FILE_NAME, lambda partial: partial.write_text(text))
 
 
-def read_row_options(directory: str | os.PathLike) -> dict[str, Any]:
+def read_run_settings(directory: str | os.PathLike) -> RunSettings:
     """
-    Options of [`~trl.SFTConfig`] under which the run prepared its rows.
+    Read what [`write_run_settings`] wrote; runs of older versions say nothing of the function and the revision.
 
     Raises:
         `FileNotFoundError`: if the directory is not that of a run.
@@ -49,5 +72,6 @@ def read_row_options(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} does not exist. Give the output folder, or a checkpoint, of a run with BilevelSFTTrainer."
         )
     with damage_explained(path, "Use another checkpoint."):
-        rows = json.loads(path.read_text())["rows"]
-        return {name: rows[name] for name in _ROW_OPTIONS if name in rows}
+        settings = json.loads(path.read_text())
+        rows = {name: settings["rows"][name] for name in _ROW_OPTIONS if name in settings["rows"]}
+        return RunSettings(rows, settings.get("has_formatting_func", False), settings.get("model_revision"))

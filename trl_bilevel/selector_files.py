@@ -3,19 +3,22 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,8 +29,26 @@ from .whole_files import damage_explained, write_whole
 
 SELECTOR_FILE_NAME = "data_selector.safetensors"
 SELECTOR_TABLE_NAME = "data_selector.parquet"
+ACTIVATION_KEY = b"selector_activation"
+"""Metadata of the table: how logits become weights."""
+_MAIN_SPLIT = "train"
+_OF_A_SPLIT = re.compile(r"data_selector-(\w+)\.parquet")
 _STATE_VERSION = "3"
 _TABLE_COLUMNS = ("sample_id", "logit", "scored")
+
+
+class _Selector(Protocol):
+    """A [`~trl_bilevel.DataSelector`]."""
+
+    activation: SelectorActivation
+
+    @property
+    def sample_ids(self) -> pa.ChunkedArray: ...
+    @property
+    def logits(self) -> torch.Tensor: ...
+    @property
+    def scored(self) -> torch.Tensor: ...
+    def weights(self) -> torch.Tensor: ...
 
 
 def write_selector_state(
@@ -76,54 +97,112 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
     return tensors
 
 
-def write_selector_table(directory: str | os.PathLike, table: pa.Table, activation: SelectorActivation) -> Path:
+def selector_table(selector: _Selector) -> pa.Table:
+    """The columns `sample_id`, `logit`, `weight` and `scored`, a row per training row; how logits become weights."""
+    columns = {
+        "sample_id": selector.sample_ids,
+        "logit": selector.logits.numpy(),
+        "weight": selector.weights().numpy(),
+        "scored": selector.scored.numpy(),
+    }
+    return pa.table(columns).replace_schema_metadata({ACTIVATION_KEY: selector.activation})
+
+
+def selector_table_name(split: str) -> str:
+    """The file of a split's selector: those of several splits of one dataset lie side by side."""
+    path = Path(SELECTOR_TABLE_NAME)
+    return path.name if split == _MAIN_SPLIT else f"{path.stem}-{split}{path.suffix}"
+
+
+def write_selector_table(directory: str | os.PathLike, table: pa.Table, name: str = SELECTOR_TABLE_NAME) -> Path:
     """
     Write `data_selector.parquet`, whole or not at all.
 
     Args:
         directory (`str` or `os.PathLike`): created if it does not exist.
-        table (`pyarrow.Table`): a row per training row, with the columns `sample_id`, `logit` and `scored` at least.
-        activation (`"softmax"` or `"sigmoid"`): how logits become weights.
+        table (`pyarrow.Table`): what [`selector_table`] returns.
+        name (`str`): of the file.
     """
-    path = Path(directory) / SELECTOR_TABLE_NAME
+    path = Path(directory) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = table.replace_schema_metadata({"selector_activation": activation})
     return write_whole(path, lambda partial: pa.parquet.write_table(table, partial))
 
 
-def read_selector_table(name_or_path: str | os.PathLike) -> tuple[pa.Table, SelectorActivation]:
+def read_selector_table(
+    name_or_path: str | os.PathLike,
+    revision: str | None = None,
+    token: str | None = None,
+    split: str | None = None,
+) -> tuple[pa.Table, SelectorActivation]:
     """
     Read the table that [`write_selector_table`] wrote, or the logits that SEAL published as a table.
 
     Args:
         name_or_path (`str` or `os.PathLike`): a directory, a `.pt` file, or a dataset repository on the Hub.
+        revision (`str`, *optional*): of the repository.
+        token (`str`, *optional*): to read it with.
+        split (`str`, *optional*): of the dataset; `train`, or the only one there is, if `None`.
 
     Raises:
         `FileNotFoundError`: if there is no selector.
-        `ValueError`: if the file is damaged or holds something else.
+        `ValueError`: if the file is damaged or holds something else, or if the split must be said.
     """
     path = Path(name_or_path)
     if path.suffix in (".pt", ".pth", ".bin"):
         return _read_logits(path), "softmax"
-    if path.is_dir() or path.exists():
-        file = path / SELECTOR_TABLE_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist. Write it with `DataSelector.save_pretrained`.")
+    if path.is_dir():
+        file = path / _choose_table([found.name for found in path.iterdir()], split, name_or_path)
+    elif path.exists():
+        file = path
     else:
-        try:
-            file = Path(hf_hub_download(str(name_or_path), SELECTOR_TABLE_NAME, repo_type="dataset"))
-        except (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{str(name_or_path)!r} is neither a directory here nor a dataset repository with a "
-                f"{SELECTOR_TABLE_NAME} ({error})."
-            ) from error
+        file = _download_table(str(name_or_path), revision, token, split)
     with damage_explained(file, "Write it anew with `DataSelector.save_pretrained`."):
         table = pa.parquet.read_table(file)
-    activation = (table.schema.metadata or {}).get(b"selector_activation", b"").decode()
+    activation = (table.schema.metadata or {}).get(ACTIVATION_KEY, b"").decode()
     missing = [name for name in _TABLE_COLUMNS if name not in table.column_names]
     if missing or activation not in get_args(SelectorActivation):
         raise ValueError(f"{file} is not the table of a data selector: it has the columns {table.column_names}.")
     return table, activation
+
+
+def _download_table(repo_id: str, revision: str | None, token: str | None, split: str | None) -> Path:
+    api = HfApi(token=token)
+    name = selector_table_name(split or _MAIN_SPLIT)
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+    try:
+        try:
+            return Path(api.hf_hub_download(repo_id, name, **options))
+        except RemoteEntryNotFoundError:
+            if split is not None:
+                raise
+            name = _choose_table(api.list_repo_files(repo_id, **options), split, repo_id)
+            return Path(api.hf_hub_download(repo_id, name, **options))
+    except (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    ) as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a directory here nor a dataset repository with a {name} ({error})."
+        ) from error
+
+
+def _choose_table(names: list[str], split: str | None, where: str | os.PathLike) -> str:
+    """Of the files in a folder or repository the one of a split; of the main one, or the only one, by default."""
+    name = selector_table_name(split or _MAIN_SPLIT)
+    others = sorted(match[1] for match in map(_OF_A_SPLIT.fullmatch, names) if match)
+    if name not in names and split is None and len(others) == 1:
+        return selector_table_name(others[0])
+    if name not in names and split is None and others:
+        raise ValueError(f"{where} has selectors of the splits {others}. Choose one with `split=`.")
+    if name not in names:
+        raise FileNotFoundError(
+            f"{Path(where) / name} does not exist. Write it with `DataSelector.save_pretrained`, or publish the "
+            "dataset with `push_curated_dataset`."
+        )
+    return name
 
 
 def _read_logits(path: Path) -> pa.Table:

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..bilevel_sft_config import BilevelSFTConfig
 from ..bilevel_sft_trainer import BilevelSFTTrainer
-from .problem import DemoArguments, build_problem, fine_tune
+from .problem import DemoArguments, base_model_folder, build_problem, fine_tune
 from .tiny_model import completion_losses, exact_match, load_model
 
 
@@ -56,7 +56,7 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
         advance (`Callable`): called with a stage of `STAGES` and the share of it that is done.
     """
     output_dir = Path(args.output_dir)
-    problem = build_problem(args, output_dir / "base_model", partial(advance, STAGES[0]))
+    problem = build_problem(args, base_model_folder(args), partial(advance, STAGES[0]))
     sft = fine_tune(SFTTrainer, SFTConfig, args, problem, partial(advance, STAGES[1]), train_dataset=problem.faulty)
     bilevel = fine_tune(
         BilevelSFTTrainer,

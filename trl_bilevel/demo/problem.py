@@ -118,6 +118,30 @@ def build_problem(args: DemoArguments, base_model: Path, on_progress: Callable[[
     return Problem(str(base_model), tokenizer, faulty, trusted, held_out, unseen)
 
 
+def base_model_folder(args: DemoArguments) -> Path:
+    """
+    Where the demo keeps its base model: a folder for all that decides what it has learned.
+
+    Held-out and trusted rows count, for it is trained on none of them.
+
+    Example:
+
+    ```python
+    >>> base_model_folder(DemoArguments(output_dir="out", seed=3)).as_posix()
+    'out/base_model-seed3-800steps-mixed-500held_out-200trusted'
+
+    ```
+    """
+    parts = (
+        f"seed{args.seed}",
+        f"{args.num_base_steps}steps",
+        args.fault_family,
+        f"{args.num_held_out_rows}held_out",
+        f"{args.num_validation_rows}trusted",
+    )
+    return Path(args.output_dir) / "-".join(("base_model", *parts))
+
+
 def _seed(args: DemoArguments, offset: int) -> int:
     return 10 * args.seed + offset
 

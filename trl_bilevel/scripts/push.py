@@ -49,7 +49,7 @@ class PushArguments:
 
 def main(args: PushArguments) -> None:
     from trl_bilevel.hub import publish_curated_dataset
-    from trl_bilevel.run_records import curate_run, push_command, read_facts
+    from trl_bilevel.run_records import curate_run, push_command, read_facts, read_selector
 
     commit = publish_curated_dataset(
         curate_run(args.run_dir),
@@ -64,6 +64,7 @@ def main(args: PushArguments) -> None:
         sensitive=args.sensitive,
         retry_command=push_command(**vars(args)),
         ask_license=_ask_license if sys.stdin.isatty() else None,
+        selector=read_selector(args.run_dir),
     )
     print(f"🤗 Curated dataset pushed to the Hub as {args.repo_id}, commit {commit.oid[:8]}.")
 

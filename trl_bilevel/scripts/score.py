@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from trl_bilevel.command_line import make_command_parser
 
@@ -53,28 +53,65 @@ class ScoreArguments:
                 raise ValueError(f"`--{name}` is missing.")
 
 
-def main(args: ScoreArguments, model_args: ModelConfig) -> None:
+@dataclass
+class BaseModelArguments:
+    """
+    How the run's model is loaded.
+
+    Args:
+        model_name_or_path (`str`, *optional*): base model of an adapter, where it is not where the run had it.
+        model_revision (`str`, *optional*): its branch, tag or commit; by default the one that the run used.
+        trust_remote_code (`bool`): run the code that comes with the base model.
+        dtype (`str`, *optional*): of its parameters; that of the files by default.
+        attn_implementation (`str`, *optional*): which attention is used.
+        load_in_8bit (`bool`): quantize it to 8 bits.
+        load_in_4bit (`bool`): quantize it to 4 bits.
+        bnb_4bit_quant_type (`str`): type of the 4 bits, `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`): quantize their constants too.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model of an adapter, where it is not where the run had it."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the base model; by default that of the run."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the base model."})
+    dtype: str | None = field(default=None, metadata={"help": "Type of the parameters; that of the files by default."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Which attention is used."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base model to 8 bits."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base model to 4 bits."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Type of the 4 bits, 'nf4' or 'fp4'."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the constants of 4 bits too."})
+
+
+def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
     from datasets import Dataset
     from pyarrow import parquet
-    from trl import SFTConfig, SFTTrainer, get_quantization_config
+    from trl import SFTConfig, SFTTrainer
 
     from trl_bilevel.amortized_selector import load_amortized_selector
     from trl_bilevel.dataset_loading import load_split
-    from trl_bilevel.run_settings import read_row_options
+    from trl_bilevel.run_settings import read_run_settings
     from trl_bilevel.scoring import RowScorer, score_to_files
     from trl_bilevel.value_function import load_value_function
 
-    row_options = read_row_options(args.run_dir)
+    settings = read_run_settings(args.run_dir)
+    if settings.has_formatting_func:
+        raise ValueError(
+            f"The rows of {args.run_dir} were made by a `formatting_func`, which is not on disk. Score in the "
+            "training script: `trainer.score(...)`."
+        )
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, streaming=args.dataset_streaming)
     first_rows = list(dataset.take(1))
     if not first_rows:
         raise ValueError(f"The dataset {args.dataset_name} is empty, so there is nothing to score.")
-    model, tokenizer = _load_model(args.run_dir, model_args, get_quantization_config(model_args))
+    model, tokenizer = _load_model(args.run_dir, model_args, settings.model_revision)
     with tempfile.TemporaryDirectory() as scratch:
         # Prepares rows as the run did; it is never trained
         trainer = SFTTrainer(
             model,
-            SFTConfig(scratch, **row_options, bf16=False, gradient_checkpointing=None, report_to="none"),
+            SFTConfig(scratch, **settings.row_options, bf16=False, gradient_checkpointing=None, report_to="none"),
             train_dataset=Dataset.from_list(first_rows),
             processing_class=tokenizer,
         )
@@ -89,25 +126,41 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     print(f"{num_rows:,} scored rows in {args.output_dir}")
 
 
-def _load_model(run_dir: str, model_args: ModelConfig, quantization_config: Any) -> tuple[Any, Any]:
-    from peft import AutoPeftModelForCausalLM, PeftModel
+def _load_model(run_dir: str, model_args: BaseModelArguments, run_revision: str | None) -> tuple[Any, Any]:
+    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import ModelConfig, get_quantization_config
 
+    quantized = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     options = {
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
-        "quantization_config": quantization_config,
+        "quantization_config": get_quantization_config(
+            ModelConfig(dtype=model_args.dtype, **{name: getattr(model_args, name) for name in quantized})
+        ),
     }
     options = {name: value for name, value in options.items() if value is not None}
+    options["trust_remote_code"] = model_args.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(run_dir, trust_remote_code=model_args.trust_remote_code)
     if not (Path(run_dir) / "adapter_config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(run_dir, **options)
-    elif model_args.model_name_or_path is not None:
-        base = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **options)
-        model = PeftModel.from_pretrained(base, run_dir)
-    else:
-        model = AutoPeftModelForCausalLM.from_pretrained(run_dir, **options)
-    return model, AutoTokenizer.from_pretrained(run_dir)
+        for name in ("model_name_or_path", "model_revision"):
+            if getattr(model_args, name) is not None:
+                raise ValueError(
+                    f"`--{name} {getattr(model_args, name)}` has no effect: {run_dir} holds a whole model and no "
+                    "adapter. Leave it out."
+                )
+        return AutoModelForCausalLM.from_pretrained(run_dir, **options), tokenizer
+    adapter = PeftConfig.from_pretrained(run_dir)
+    name = model_args.model_name_or_path or adapter.base_model_name_or_path
+    if model_args.model_revision is not None:
+        options["revision"] = model_args.model_revision
+    elif name == adapter.base_model_name_or_path and (revision := adapter.revision or run_revision) is not None:
+        options["revision"] = revision
+    base = AutoModelForCausalLM.from_pretrained(name, **options)
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))  # as the run had it
+    return PeftModel.from_pretrained(base, run_dir), tokenizer
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    return make_command_parser((ScoreArguments, ModelConfig), __doc__, prog, "RUN_DIR")
+    return make_command_parser((ScoreArguments, BaseModelArguments), __doc__, prog, "RUN_DIR")

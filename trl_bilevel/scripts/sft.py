@@ -23,6 +23,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel.checkpoint_files import read_resume_option
 from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
 from trl_bilevel.curation import check_keep_ratio
 from trl_bilevel.dataset_loading import load_split
@@ -84,6 +85,9 @@ def main(
             "another `--output_dir`."
         )
 
+    # Before anything is loaded
+    resume_from_checkpoint = read_resume_option(training_args.resume_from_checkpoint, training_args.output_dir)
+
     train_dataset, eval_dataset = _load_datasets(script_args, training_args, dataset_args)
     validation_dataset = load_split(
         script_args.validation_dataset_name,
@@ -107,7 +111,7 @@ def main(
         peft_config=get_peft_config(model_args),
         data_selector=script_args.data_selector,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
     try:
