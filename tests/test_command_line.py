@@ -117,7 +117,7 @@ def test_exit_code_of_wrong_usage(options, capsys):
     [
         (["curate"], "`--run_dir` is missing"),
         (["curate", "{run}"], "`--output_dir` is missing"),
-        (["curate", "nowhere", "--output_dir", "{new}"], "nowhere holds no scores of rows. Give the output folder"),
+        (["curate", "nowhere", "--output_dir", "{new}"], "nowhere does not exist. Give the output folder"),
         (["curate", "{run}", "--output_dir", "{new}", "--keep_ratio", "2"], "`keep_ratio` must be larger than 0"),
         (["curate", "--config", "{new}.yaml"], "No such file or directory: '{new}.yaml'"),
         (["report", "{run}", "--source_column", "origin"], "`source_column='origin'` is not a column"),
@@ -180,7 +180,7 @@ def test_type_error_of_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("TRL_BILEVEL_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError, match="nowhere holds no scores"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         main(["curate", "nowhere", "--output_dir", "out"])
 
 

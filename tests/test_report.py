@@ -22,6 +22,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, DataSelector
 from trl_bilevel.cli import main
 from trl_bilevel.report import build_report
 from trl_bilevel.report_rows import plain_text
+from trl_bilevel.row_scores import read_scores
 from trl_bilevel.run_records import curate_run
 from trl_bilevel.training_log import read_log
 from trl_bilevel.weight_history import BIN_EDGES, WeightHistory
@@ -165,6 +166,11 @@ def test_numbers_are_those_of_curate(bds_run):
     assert by_source == expected
     assert "Finished: step 6 of 6." in page
     assert "trl-bilevel curate --keep_ratio 0.4" in page
+    scores, _ = read_scores(bds_run)
+    # A prior of 0.2 before anything is known, 4 to 1 against
+    proved = sum(row["scored"] and row["logit"] > np.log(0.2 / 0.8) for row in scores.to_pylist())
+    assert 0 < proved < 24
+    assert f"{proved} rows have proved good" in page
     tokens = read_log(bds_run).last("num_tokens")
     cost = dict(cells for _, cells in page.rows("cost"))
     assert cost["optimizer steps"] == "6 of 6"
@@ -411,7 +417,7 @@ def test_command_writes_the_page(bmo_run, tmp_path, capsys):
         ([], "_run.json", r"_run\.json is damaged and cannot be read"),
         ([], "_trainer_state.json", r"_trainer_state\.json is damaged and cannot be read .*Delete"),
         ([], "_weight_history.safetensors", r"_weight_history\.safetensors is damaged and cannot be read .*Delete"),
-        (["--run_dir", "nowhere"], None, "nowhere holds no scores of rows. Give the output folder"),
+        (["--run_dir", "nowhere"], None, "nowhere does not exist. Give the output folder"),
     ],
 )
 def test_errors_are_one_line_with_the_cure(bmo_run, tmp_path, options, damage, message):

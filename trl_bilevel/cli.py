@@ -1,6 +1,7 @@
 """The `trl-bilevel` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -57,8 +58,23 @@ def _run_sft(options: list[str]) -> None:
     script_options = _without_subsequence(options, from_options)
     # Quiet: the script has said what went wrong; the launcher's own traceback adds nothing
     launch = launch_command_parser().parse_args(["--quiet", *launch_options, str(script), *script_options])
+    _set_launch_defaults(launch)
     with quiet_launcher():
         launch_command(launch)
+
+
+def _set_launch_defaults(launch: argparse.Namespace) -> None:
+    """What accelerate takes by itself and warns of; several devices it may well mention."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if launch.config_file is not None or os.path.isfile(default_config_file):
+        return
+    if launch.num_processes is None and torch.accelerator.device_count() <= 1:
+        launch.num_processes = 1
+    for name, value in (("num_machines", 1), ("mixed_precision", "no"), ("dynamo_backend", "no")):
+        if getattr(launch, name) is None:
+            setattr(launch, name, value)
 
 
 def _run_score(options: list[str]) -> None:

@@ -21,7 +21,7 @@ from .model_card import validation_loss_unit
 from .parquet_files import column
 from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
-from .row_scores import find_scores
+from .row_scores import count_proved_good, find_scores
 from .run_records import curate_run, read_facts, source_ids
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
@@ -98,6 +98,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         },
         "log": log,
         "keep_ratio": keep_ratio,
+        "num_proved_good": count_proved_good(directory),
         "counts": count_by_source(scored, num_kept, source_column),
         "source_column": source_column,
         "most_sources": _MOST_SOURCES,

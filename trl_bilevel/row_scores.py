@@ -20,6 +20,7 @@ _COLUMNS = ("sample_id", "logit", "weight", "scored", "judged")
 # How many scores had been written into the run's folder by then, of whatever run: a clock may be set back, and copies
 # have times of their own
 _WRITE_NUMBER = "write_number"
+_NUM_PROVED_GOOD = "num_proved_good"
 _CURE = "Delete it, and an earlier checkpoint is taken, or give another one."
 
 
@@ -39,6 +40,7 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprin
             **table.schema.metadata,
             "rows_fingerprint": fingerprint,
             "step": str(step),
+            _NUM_PROVED_GOOD: str(int(selector.proved_good.sum()) if selector.num_rows else 0),
             _WRITE_NUMBER: str(_last_write_number(Path(directory)) + 1),
         }
     )
@@ -58,6 +60,19 @@ def read_scores(directory: str | os.PathLike) -> tuple[pa.Table, str]:
         return scores, scores.schema.metadata[b"rows_fingerprint"].decode()
 
 
+def count_proved_good(run_dir: str | os.PathLike) -> int:
+    """
+    Rows of a run on disk whose weight stands above that of one of which nothing is known.
+
+    Raises:
+        `FileNotFoundError`: if there is no run.
+        `ValueError`: if its scores are damaged.
+    """
+    path = find_scores(run_dir) / SCORES_FILE_NAME
+    with damage_explained(path, _CURE):
+        return int(pyarrow.parquet.read_schema(path).metadata[_NUM_PROVED_GOOD.encode()])
+
+
 def find_scores(run_dir: str | os.PathLike) -> Path:
     """
     The folder with the scores that were written last: that of the run, or, if it was interrupted, a checkpoint.
@@ -73,6 +88,8 @@ def find_scores(run_dir: str | os.PathLike) -> Path:
     written = {folder: _read_written(folder) for folder in _scored_folders(directory)}
     if written:
         return max(written, key=lambda folder: (written[folder], folder == directory))
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory} does not exist. Give the output folder, or a checkpoint, of a run.")
     raise FileNotFoundError(
         f"{directory} holds no scores of rows. Give the output folder, or a checkpoint, of a run with "
         "BilevelSFTTrainer that has come to its first checkpoint."

@@ -21,12 +21,12 @@ class CurateArguments:
 
     Args:
         run_dir (`str`): output folder, or a checkpoint, of a run; also the first argument without a name.
-        output_dir (`str`): where `train.parquet` goes.
+        output_dir (`str`): where `train.parquet` goes; required.
         keep_ratio (`float`, *optional*): share of the rows to keep, in (0, 1]; all of them, scored, by default.
     """
 
     run_dir: str = field(default="", metadata={"help": "Output folder, or a checkpoint, of a run."})
-    output_dir: str = field(default="", metadata={"help": "Where `train.parquet` goes."})
+    output_dir: str = field(default="", metadata={"help": "Where `train.parquet` goes. Required."})
     keep_ratio: float | None = field(default=None, metadata={"help": "Share of the rows to keep, in (0, 1]."})
 
     def __post_init__(self) -> None:
@@ -37,12 +37,19 @@ class CurateArguments:
 
 def main(args: CurateArguments) -> None:
     from trl_bilevel.parquet_files import write_parquet
+    from trl_bilevel.row_scores import count_proved_good
     from trl_bilevel.run_records import curate_run
 
     curated = curate_run(args.run_dir, args.keep_ratio)
     path = Path(args.output_dir) / "train.parquet"
     write_parquet(curated, path)
     print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
+    if args.keep_ratio is None:
+        num_good = count_proved_good(args.run_dir)
+        print(
+            f"⚖️ {num_good:,} rows have proved good, their weights risen above that of one of which nothing is known: "
+            f"--keep_ratio {num_good / len(curated):.3g} keeps about as many."
+        )
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
