@@ -564,7 +564,7 @@ def test_run_on_disk_gives_the_same_dataset(hub, make_trainer, train_dataset):
     assert len(curate_run(f"{output_dir}/checkpoint-4")) == 24
     trainer.save_model()
     assert curate_run(output_dir).to_list() == trainer.curate().to_list()
-    with pytest.raises(FileNotFoundError, match="holds no scores"):
+    with pytest.raises(FileNotFoundError, match="run-elsewhere does not exist"):
         curate_run(output_dir + "-elsewhere")
 
 
