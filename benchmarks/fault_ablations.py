@@ -22,6 +22,7 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "lambda 0.5": {"validation_weight": 0.5},
     "lambda 0.7": {"validation_weight": 0.7},
     "lambda 1": {"validation_weight": 1.0},
+    "adaptive lambda": {"adaptive_validation_weight": True},
     "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
     "lambda 1.0, 0.7, 0.4, 0.1": {"validation_weight": 1.0, "validation_weight_decay": 0.3},
     "step 1": {"selector_learning_rate": 1.0},
@@ -58,6 +59,7 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
 # What is shown together: the value of the option, and the run
 ABLATIONS: dict[str, dict[str, str]] = {
     "validation_weight": {"0.5": "lambda 0.5", "0.7": "lambda 0.7", "0.9": _BDS, "1": "lambda 1"},
+    "adaptive_validation_weight": {"False": _BDS, "True": "adaptive lambda"},
     "validation_weight_decay": {
         "0.9 throughout": _BDS,
         "1 to 0.4": "lambda 1.0, 0.8, 0.6, 0.4",

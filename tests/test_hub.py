@@ -468,6 +468,7 @@ CHANGED = {
     "bmo_temperature": (0.5, {"selection_method": "bmo"}),
     "validation_weight": (0.5, {}),
     "validation_weight_decay": (0.1, {}),
+    "adaptive_validation_weight": (True, _EXCESS),
     "validation_loss_type": ("dpo", {}),
     "beta": (0.2, {"validation_loss_type": "dpo"}),
     "per_device_validation_batch_size": (2, {}),

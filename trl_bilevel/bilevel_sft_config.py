@@ -13,6 +13,7 @@ from .data_selector import SelectorOptimizer, ValueFunctionRows
 from .losses import LossNormalization
 from .refinement_config import RefinementConfig, check_refinement
 from .selector_updates import SelectorActivation
+from .sft_option_checks import check_sft_options
 
 
 SelectionMethod = Literal["bds", "bmo"]
@@ -44,6 +45,11 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             that bad training rows stand out by their loss; a low one trains more on the weighted training rows.
         validation_weight_decay (`float`, *optional*, defaults to `0.0`):
             How much `validation_weight` falls after every epoch; it stops at 0.
+        adaptive_validation_weight (`bool`, *optional*, defaults to `False`):
+            Let $\lambda$ fall from `validation_weight` as training rows prove good: to M / (M + R) for M validation
+            rows and R rows that have proved good, each counted by how far its probability has risen above
+            `selector_prior`. What has proved good then counts like what is trusted, which serves the model most where
+            most rows are good (docs/study.md). Needs a value function and sigmoid weights.
         validation_loss_type (`str`, *optional*, defaults to `"nll"`):
             The upper level's objective. `"nll"`: the negative log-likelihood of the validation rows. `"dpo"`: the
             validation rows are preference pairs, in any format of [`~trl.DPOTrainer`], and the objective is its
@@ -127,6 +133,10 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
     validation_weight_decay: float = field(
         default=0.0,
         metadata={"help": "How much `validation_weight` falls after every epoch; it stops at 0."},
+    )
+    adaptive_validation_weight: bool = field(
+        default=False,
+        metadata={"help": "Let `validation_weight` fall as training rows prove good; needs a value function."},
     )
     validation_loss_type: ValidationLossType = field(
         default="nll",
@@ -250,6 +260,11 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             raise ValueError(
                 f"`validation_weight_decay` must be at least 0 and less than 1, got {self.validation_weight_decay}."
             )
+        if self.adaptive_validation_weight and self.validation_weight_decay != 0:
+            raise ValueError(
+                f"`validation_weight_decay={self.validation_weight_decay}` has no effect with "
+                "`adaptive_validation_weight=True`. Leave one of them out."
+            )
         if self.per_device_validation_batch_size is not None and self.per_device_validation_batch_size < 1:
             raise ValueError(
                 "`per_device_validation_batch_size` must be at least 1, got "
@@ -267,7 +282,7 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         _check_ignored_options(self)
         if not 0 <= self.filter_ratio < 1:
             raise ValueError(f"`filter_ratio` must be at least 0 and less than 1, got {self.filter_ratio}.")
-        _check_sft_options(self)
+        check_sft_options(self)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != _TO_BE_PUBLISHED}
@@ -338,57 +353,3 @@ def _check_ignored_options(args: BilevelSFTConfig) -> None:
                 f"`{name}={value!r}` has no effect with `{choice}='{chosen}'`. Leave it out, or use "
                 f"`{choice}='{needed}'`."
             )
-
-
-def _check_sft_options(args: BilevelSFTConfig) -> None:
-    """Refuse the options of `SFTConfig` that per-row weights cannot honour yet, rather than ignore them."""
-    if args.loss_type != "nll":
-        raise ValueError(
-            f"`loss_type={args.loss_type!r}` is not supported: row weights are learned from the rows' negative "
-            "log-likelihood. Use `loss_type='nll'`."
-        )
-    if args.label_smoothing_factor != 0:
-        raise ValueError(
-            f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported: it needs the full logits, "
-            "which are never built. Set it to 0."
-        )
-    if args.packing and args.packing_strategy != "bfd":
-        raise ValueError(
-            f"`packing_strategy={args.packing_strategy!r}` is not supported: it cuts rows into pieces, and a row has "
-            "one weight. Use 'bfd'."
-        )
-    if args.packing and args.max_length is None:
-        raise ValueError("`packing=True` needs `max_length`, the tokens of a packed sequence.")
-    if args.packing and args.train_sampling_strategy == "group_by_length":
-        raise ValueError(
-            "`train_sampling_strategy='group_by_length'` has no effect with `packing=True`: packed sequences are "
-            "about as long as each other. Use 'random' or 'sequential'."
-        )
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError(
-            "`train_sampling_strategy='batch_rebalance'` is not supported: it deals out batches without their "
-            "validation rows. Use 'random', 'sequential' or 'group_by_length'."
-        )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "`auto_find_batch_size=True` is not supported: a retry would start with the weights of the failed attempt."
-            " Set `per_device_train_batch_size` instead."
-        )
-    _check_sharding_of_batches(args)
-
-
-def _check_sharding_of_batches(args: BilevelSFTConfig) -> None:
-    """Every process draws its own share of a global batch, as many rows as the others: they meet in each step."""
-    sharding = args.accelerator_config
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(sharding, name):
-            raise ValueError(
-                f"`accelerator_config` with `{name}=True` is not supported: it cuts up batches of training and "
-                "validation rows that belong together. Leave it out; every process then draws its own share of the "
-                "global batch."
-            )
-    if not sharding.even_batches and not args.dataloader_drop_last:
-        raise ValueError(
-            "`accelerator_config` with `even_batches=False` is not supported: a process without a last batch would "
-            "not meet the others in the selector's step. Leave it out, or set `dataloader_drop_last=True`."
-        )

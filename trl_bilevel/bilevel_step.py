@@ -17,6 +17,7 @@ from .losses import (
     ImportanceRatios,
     PreferenceLosses,
     RowLosses,
+    adaptive_validation_weight,
     filter_threshold,
     importance_ratios,
     preference_losses,
@@ -91,7 +92,10 @@ class BilevelStep(RowGathering):
 
     @property
     def validation_weight(self) -> float:
-        """lambda, the weight of the validation loss, in the current epoch."""
+        """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
+        if self.args.adaptive_validation_weight:
+            num_proved = self.data_selector.proved_rows
+            return adaptive_validation_weight(len(self.validation_dataset), num_proved, self.args.validation_weight)
         return validation_weight_at(
             self.state.epoch or 0, self.args.validation_weight, self.args.validation_weight_decay
         )
@@ -155,11 +159,8 @@ class BilevelStep(RowGathering):
     def _refine_answers(self, refiner: Refiner) -> None:
         """Online self-refining generation: the model answers questions whose answers have not proved good."""
         selector = self.data_selector
-        candidates = Candidates(
-            refinable=self._rows_to_refine & ~selector.proved_good.numpy(),
-            weights=selector.weights().numpy(),
-            scores=selector.logits.numpy(),
-        )
+        refinable = self._rows_to_refine & ~selector.proved_good.numpy()
+        candidates = Candidates(refinable, selector.weights().numpy(), selector.logits.numpy())
         responses = refiner.refresh(self.response_store, self.state.global_step, candidates)
         for name, value in refresh_metrics(responses).items():
             self._metrics["train"][name].append(value)

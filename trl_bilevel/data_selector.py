@@ -113,7 +113,7 @@ class DataSelector:
         # A unit is what has a weight: a row, or a source
         unit_sizes = None if sources is None else count_rows_of_sources(sources)
         num_units = num_rows if unit_sizes is None else len(unit_sizes)
-        self._sums = WeightSums(activation, unit_sizes)
+        self._sums = WeightSums(activation, unit_sizes, prior)
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
@@ -247,6 +247,11 @@ class DataSelector:
     def proved_good(self) -> torch.Tensor:
         """Rows whose answer stands above one of which nothing is known, bool of shape (N,)."""
         return self.scored & (self.logits > self.neutral_logit)
+
+    @property
+    def proved_rows(self) -> float:
+        """How many rows have proved good in sigmoid weights, each counted by how far it has risen above the prior."""
+        return self._sums.proved_rows(self._unit_logits)
 
     def restart(self, row_indices: torch.Tensor) -> None:
         """
@@ -382,13 +387,8 @@ class DataSelector:
         return int(known.sum())
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
-        return {
-            "num_rows": self.num_rows,
-            "rows_fingerprint": fingerprint,
-            "activation": self.activation,
-            "optimizer": self.optimizer,
-            "prior": self.prior,
-        }
+        options = {name: getattr(self, name) for name in ("num_rows", "activation", "optimizer", "prior")}
+        return {"rows_fingerprint": fingerprint, **options}
 
     def _units_of(self, row_indices: torch.Tensor) -> torch.Tensor:
         check_positions(row_indices, self.num_rows)

@@ -207,6 +207,26 @@ def validation_weight_at(epoch: float, initial: float, decay: float) -> float:
     return max(0.0, initial - decay * int(epoch))
 
 
+def adaptive_validation_weight(num_validation_rows: int, proved_rows: float, largest: float) -> float:
+    """
+    lambda at which each row that has proved good counts as much as a validation row: M / (M + R), at most `largest`.
+
+    Args:
+        num_validation_rows (`int`): M, rows.
+        proved_rows (`float`): R, training rows that have proved good, not necessarily whole ones.
+        largest (`float`): lambda before any has.
+
+    Example:
+
+    ```python
+    >>> [adaptive_validation_weight(200, proved, largest=0.9) for proved in (0, 200, 600)]
+    [0.9, 0.5, 0.25]
+
+    ```
+    """
+    return min(largest, num_validation_rows / (num_validation_rows + proved_rows))
+
+
 def closed_form_log_weights(row_means: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     Logarithms of the closed-form weights of bilevel multi-objective optimisation (BMO, arXiv 2511.21056).

@@ -1,0 +1,153 @@
+"""An adaptive lambda: rows that have proved good count as much as trusted ones."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from trl_bilevel import DataSelector
+from trl_bilevel.streamed_selector import StreamedSelector
+
+
+LORA = {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def _proved(logits, prior):
+    probabilities = logits.double().sigmoid()
+    return ((probabilities - prior).clamp(min=0) / (1 - prior)).sum().item()
+
+
+# ---- What has proved good ----
+@pytest.mark.parametrize("with_sources", [False, True])
+def test_running_sum_is_that_of_all_rows(with_sources, tmp_path):
+    """Over updates large enough to saturate, rows that restart, and a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.arange(300) % 40 if with_sources else None
+    options = {"activation": "sigmoid", "learning_rate": 20.0, "sources": sources, "centered": False, "prior": 0.2}
+    selector = DataSelector(300, **options)
+    assert selector.proved_rows == pytest.approx(0, abs=1e-4)  # the first logits are rounded
+    for step in range(300):
+        rows = torch.randperm(300, generator=generator)[:8]
+        selector.update(rows, torch.randn(8, generator=generator) * 10.0 ** (step % 3 - 1))
+        if step % 7 == 0:
+            selector.restart(rows[:2])
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-8)
+    assert 50 < selector.proved_rows < 300
+    selector.save(tmp_path, "rows")
+    restored = DataSelector(300, **options)
+    restored.load(tmp_path, "rows")
+    for other in (selector, restored):
+        other.update(torch.arange(8), torch.linspace(-1, 1, 8))
+    assert restored.proved_rows == selector.proved_rows  # bit for bit
+
+
+def test_rows_of_a_stream_have_proved_nothing_when_they_come():
+    selector = StreamedSelector("sigmoid", 3.0, centered=False, prior=0.2)
+    assert selector.proved_rows == 0
+    for start in range(0, 3000, 100):
+        rows = selector.row_numbers([str(row) for row in range(start, start + 100)])
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-3)
+        selector.update(rows, torch.linspace(-1, 1, 100))
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-3)
+
+
+# ---- The trainer ----
+@pytest.fixture
+def make_adaptive_trainer(make_trainer):
+    return lambda **options: make_trainer(
+        **{
+            "peft_config": LoraConfig(**LORA),
+            "adaptive_validation_weight": True,
+            "selector_learning_rate": 1000.0,
+            "learning_rate": 3e-2,
+            "max_steps": -1,
+            "num_train_epochs": 2,
+            "logging_steps": 1,
+            **options,
+        }
+    )
+
+
+def test_lambda_of_a_step_follows_the_rows_that_have_proved_good(make_adaptive_trainer, monkeypatch):
+    trainer = make_adaptive_trainer()
+    seen = []
+    start_step = trainer._start_step
+
+    def record(batches):
+        seen.append(_proved(trainer.data_selector.logits, 0.2))
+        start_step(batches)
+
+    monkeypatch.setattr(trainer, "_start_step", record)
+    trainer.train()
+    logged = [entry["validation_weight"] for entry in trainer.state.log_history if "validation_weight" in entry]
+    num_trusted = len(trainer.validation_dataset)
+    expected = [min(0.9, num_trusted / (num_trusted + proved)) for proved in seen]
+    assert logged[: len(expected)] == pytest.approx(expected, abs=1e-6)
+    assert expected[0] == 0.9
+    assert min(expected) < 0.75
+    assert len(set(logged)) > 3
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_resumed_run_equals_the_unbroken_one(make_adaptive_trainer, stop_at):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    unbroken = make_adaptive_trainer(**options)
+    unbroken.train()
+    checkpoint = Path(unbroken.args.output_dir) / f"checkpoint-{stop_at}"
+    resumed = make_adaptive_trainer(**options, output_dir=f"{unbroken.args.output_dir}-resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(resumed.data_selector.logits, unbroken.data_selector.logits)
+    parameters = zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in parameters)
+    logs = [
+        {
+            entry["step"]: entry["validation_weight"]
+            for entry in trainer.state.log_history
+            if "validation_weight" in entry
+        }
+        for trainer in (resumed, unbroken)
+    ]
+    assert logs[0] == logs[1]
+    assert any(one != other for one, other in itertools.pairwise(logs[0].values()))
+
+
+def test_stream_trains_with_it(make_adaptive_trainer, train_dataset):
+    rows = train_dataset.add_column("sample_id", list(range(len(train_dataset)))).to_iterable_dataset()
+    trainer = make_adaptive_trainer(train_dataset=rows, max_steps=12)
+    trainer.train()
+    logged = [entry["validation_weight"] for entry in trainer.state.log_history if "validation_weight" in entry]
+    assert logged[0] == 0.9
+    assert logged[-1] < 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection_method": "bmo"},
+        {"peft_config": None},
+        {"value_function": "none"},
+        {"selector_activation": "softmax"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_refused_where_no_row_proves_good_by_itself(make_adaptive_trainer, options):
+    if options.get("selection_method") == "bmo":
+        options = {**options, "selector_learning_rate": None}
+    with pytest.raises(ValueError, match="needs a value function and sigmoid weights"):
+        make_adaptive_trainer(**options)
+
+
+def test_refused_beside_a_schedule(make_config):
+    with pytest.raises(ValueError, match=r"`validation_weight_decay=0.1` has no effect with `adaptive_validation"):
+        make_config(adaptive_validation_weight=True, validation_weight_decay=0.1)
+
+
+def test_lambda_without_evidence_and_with_all_of_it():
+    selector = DataSelector(1000, activation="sigmoid", learning_rate=50.0, centered=False, prior=0.2)
+    for _ in range(3):
+        selector.update(torch.arange(1000), -torch.ones(1000))
+    assert selector.proved_rows == pytest.approx(1000, rel=1e-6)
+    assert math.isfinite(selector.statistics().entropy)
