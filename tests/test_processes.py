@@ -42,7 +42,13 @@ RUNS: list[dict[str, Any]] = [
     {"is_streamed": True, "sample_id_column": "uid", "value_function": "adapter", "max_steps": 9},
     REFINE,
     # Sequences of several rows, not as many in one process as in the other
-    {"value_function": "adapter", "packing": True, "max_length": 80},
+    {
+        "value_function": "adapter",
+        "packing": True,
+        "max_length": 80,
+        "adaptive_validation_weight": True,
+        "selector_learning_rate": 100.0,
+    },
     {"selection_method": "bmo", "packing": True, "max_length": 80},
     {**REFINE, "padding_free": True, "max_length": None},
 ]
