@@ -133,13 +133,22 @@ _REFINED_MEASURES = {
 }
 
 
+# Printed, not drawn
+_MORE = {"effective_sample_ratio": "effective sample ratio", "cpu_seconds": "processor seconds"}
+_REFINED_MORE = {"refined_spoiled": "good rows whose answer is wrong now", "cpu_seconds": "processor seconds"}
+
+
+def _is_refinement(option: str) -> bool:
+    return option.startswith(("refine_", "num_refined", "importance_"))
+
+
 def _measures(option: str) -> dict[str, str]:
-    return _REFINED_MEASURES if option.startswith(("refine_", "num_refined", "importance_")) else _MEASURES
+    return _REFINED_MEASURES if _is_refinement(option) else _MEASURES
 
 
 def print_ablation(console: Console, results: Results, option: str) -> None:
     """A row per value of the option that was run."""
-    measures = _measures(option)
+    measures = {**_measures(option), **(_REFINED_MORE if _is_refinement(option) else _MORE)}
     table = Table(title=f"{option}: mean (range) over the seeds")
     for column in (option, "seeds", *measures.values()):
         table.add_column(column)
