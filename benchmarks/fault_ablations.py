@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_tables import Results, spread
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -120,6 +121,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
 }
 ABLATION_METHODS = tuple(dict.fromkeys(method for points in ABLATIONS.values() for method in points.values()))
 
+MIN_SPAN = 0.12
+"""Of a figure's vertical axes: six standard errors of an exact match on 500 rows."""
 _MEASURES = {
     "exact_match": "held-out exact match",
     "auroc": "AUROC of the row ranking",
@@ -132,13 +135,22 @@ _REFINED_MEASURES = {
 }
 
 
+# Printed, not drawn
+_MORE = {"effective_sample_ratio": "effective sample ratio", "cpu_seconds": "processor seconds"}
+_REFINED_MORE = {"refined_spoiled": "good rows whose answer is wrong now", "cpu_seconds": "processor seconds"}
+
+
+def _is_refinement(option: str) -> bool:
+    return option.startswith(("refine_", "num_refined", "importance_"))
+
+
 def _measures(option: str) -> dict[str, str]:
-    return _REFINED_MEASURES if option.startswith(("refine_", "num_refined", "importance_")) else _MEASURES
+    return _REFINED_MEASURES if _is_refinement(option) else _MEASURES
 
 
 def print_ablation(console: Console, results: Results, option: str) -> None:
     """A row per value of the option that was run."""
-    measures = _measures(option)
+    measures = {**_measures(option), **(_REFINED_MORE if _is_refinement(option) else _MORE)}
     table = Table(title=f"{option}: mean (range) over the seeds")
     for column in (option, "seeds", *measures.values()):
         table.add_column(column)
@@ -150,29 +162,47 @@ def print_ablation(console: Console, results: Results, option: str) -> None:
         console.print(table)
 
 
-def plot_ablation(results: Results, option: str, path: Path) -> None:
-    """One panel per measure: a dot per seed, joined across the values, and the mean as a bar, blue for the default."""
+def plot_ablation(results: Results, option: str, path: Path) -> bool:
+    """
+    One panel per measure: the mean of each value as a bar, blue for the run that the others differ from, and a dot per
+    seed, joined across the values. Returns whether there was something to compare.
+    """
     measures = _measures(option)
     points = {value: results[method] for value, method in ABLATIONS[option].items() if method in results}
-    figure = Figure(figsize=(3.4 * len(measures), 3.2), layout="constrained")
+    if len(points) < 2:
+        return False
+    values = {method: value for value, method in ABLATIONS[option].items()}
+    reference = next(values[method] for method in (_BDS, REFINED, _NO_VALUE_FUNCTION, _BMO) if method in values)
+    figure = Figure(figsize=(3.4 * len(measures), 2.8), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
-        for at, (value, per_seed) in enumerate(points.items()):
-            values = [result[key] for result in per_seed.values() if key in result]
-            if values:
-                is_default = ABLATIONS[option][value] in (_BDS, REFINED)
-                axes.plot(
-                    [at - 0.3, at + 0.3], [statistics.mean(values)] * 2, color="C0" if is_default else "C7", lw=3
-                )
-        for seed in sorted({seed for per_seed in points.values() for seed in per_seed}):
-            line = [(at, run[seed][key]) for at, run in enumerate(points.values()) if key in run.get(seed, {})]
-            axes.plot([x for x, _ in line], [y for _, y in line], color="black", alpha=0.35, marker=".", lw=0.7)
-        axes.set_xticks(range(len(points)), [value.replace(", ", ",\n") for value in points], fontsize=8)
-        axes.set_xlim(-0.6, len(points) - 0.4)
+        _plot_panel(axes, points, key, reference)
         axes.set_title(label, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(option, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
+    return True
+
+
+def _plot_panel(axes: Axes, points: Results, key: str, reference: str) -> None:
+    drawn = []
+    for at, (value, per_seed) in enumerate(points.items()):
+        if values := [result[key] for result in per_seed.values() if key in result]:
+            mean, color = statistics.mean(values), "C0" if value == reference else "C7"
+            axes.plot([at - 0.3, at + 0.3], [mean, mean], color=color, lw=3)
+            place = {"textcoords": "offset points", "xytext": (0, 4), "ha": "center"}
+            axes.annotate(f"{mean:.3f}", (at, max(values)), fontsize=7, **place)
+            drawn += values
+    seeds = sorted({seed for per_seed in points.values() for seed in per_seed})
+    for seed in seeds if len(seeds) > 1 else ():
+        line = [(at, run[seed][key]) for at, run in enumerate(points.values()) if key in run.get(seed, {})]
+        axes.plot([x for x, _ in line], [y for _, y in line], color="black", alpha=0.35, marker=".", lw=0.7)
+    if drawn:  # never so narrow that chance looks like a difference
+        middle, span = (max(drawn) + min(drawn)) / 2, max(1.3 * (max(drawn) - min(drawn)), MIN_SPAN)
+        axes.set_ylim(middle - span / 2, middle + span / 2)
+    axes.set_xticks(range(len(points)), [value.replace(", ", ",\n") for value in points], fontsize=8)
+    axes.set_xlim(-0.6, len(points) - 0.4)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def file_name(option: str) -> str:

@@ -172,8 +172,8 @@ def _report_ablations(console: Console, args: BenchmarkArguments) -> None:
         for option in args.ablations:
             print_ablation(console, results, option)
             path = folder / "figures" / f"ablations{setting.suffix}" / file_name(option)
-            plot_ablation(results, option, path)
-            console.print(f"Figure: {path}")
+            if plot_ablation(results, option, path):
+                console.print(f"Figure: {path}")
 
 
 if __name__ == "__main__":
