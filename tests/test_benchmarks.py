@@ -44,6 +44,7 @@ def _arguments(benchmark, **options):
     return benchmark.BenchmarkArguments(**{**sizes, "num_rows": [], "lengths": [], **options})
 
 
+@pytest.mark.slow  # three quarters of a minute
 @pytest.mark.filterwarnings("ignore")  # of libraries, about settings that do not matter here
 def test_step_cost(step_cost, capsys, tmp_path, monkeypatch):
     sizes = []

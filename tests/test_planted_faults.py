@@ -249,6 +249,7 @@ def test_every_alternative_runs_once_and_the_tables_show_it(tmp_path, run_tiny):
     assert results["loss difference"]["seconds"] > spent
 
 
+@pytest.mark.slow  # thirty runs; the alternatives, ablations and sweeps run the most of it
 @pytest.mark.filterwarnings("ignore")
 def test_every_other_method_runs_once_and_nothing_runs_twice(tmp_path, run_tiny):
     others = [method for method in _load("fault_methods").METHODS if method not in _load("alternatives").ALTERNATIVES]
