@@ -242,7 +242,11 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "error: `--validation_dataset_name` is missing. Name the dataset you trust."),
+        pytest.param(
+            [],
+            "error: `--validation_dataset_name` is missing. Name the dataset you trust.",
+            marks=pytest.mark.slow,  # as on two processes
+        ),
         (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file here."),
         (
             ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
@@ -252,9 +256,10 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
             ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "{new}"],
             "error: `resume_from_checkpoint='{new}'` is no folder.",  # and not that of the dataset, which comes later
         ),
-        (
+        pytest.param(
             ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "True"],
             "error: No valid checkpoint found in ",
+            marks=pytest.mark.slow,
         ),
     ],
 )
