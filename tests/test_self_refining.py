@@ -528,6 +528,7 @@ def test_changed_settings_are_not_mixed_with_what_was_generated_before(make_trai
     "change",
     [
         {"validation_weight": 0.4}, {"selector_learning_rate": 3.0}, {"filter_ratio": 0.5}, {"weight_decay": 0.3},
+        {"importance_ratio_clip": 1.01}, {"importance_sampling_level": "sequence"},
         {"gradient_accumulation_steps": 2, "max_steps": 12}, {"validation_dataset": prompt_completion_rows(10, 2000)},
     ],
     ids=lambda change: next(iter(change)),

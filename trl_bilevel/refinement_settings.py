@@ -22,8 +22,8 @@ _DECIDING_OPTIONS = (
     *("packing", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "chat_template_path"),
 )
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_validation_batch_size")
-# Ours that only say how a response is trained on, or how rows are called and kept
-_WITHOUT_EFFECT = ("importance_ratio_clip", "importance_sampling_level", "save_training_rows", "sample_id_column")
+# Ours that only say how rows are called and kept
+_WITHOUT_EFFECT = ("save_training_rows", "sample_id_column")
 
 
 def refinement_settings(

@@ -37,8 +37,8 @@ _STATE_VERSION = "3"
 _TABLE_COLUMNS = ("sample_id", "logit", "scored")
 
 
-class _Selector(Protocol):
-    """A [`~trl_bilevel.DataSelector`]."""
+class Selector(Protocol):
+    """What the files and the transfer ask of a [`~trl_bilevel.DataSelector`], which imports both."""
 
     activation: SelectorActivation
 
@@ -48,6 +48,8 @@ class _Selector(Protocol):
     def logits(self) -> torch.Tensor: ...
     @property
     def scored(self) -> torch.Tensor: ...
+    @property
+    def mean_logit(self) -> float: ...
     def weights(self) -> torch.Tensor: ...
 
 
@@ -97,7 +99,7 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
     return tensors
 
 
-def selector_table(selector: _Selector) -> pa.Table:
+def selector_table(selector: Selector) -> pa.Table:
     """The columns `sample_id`, `logit`, `weight` and `scored`, a row per training row; how logits become weights."""
     columns = {
         "sample_id": selector.sample_ids,

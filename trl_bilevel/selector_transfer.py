@@ -1,27 +1,14 @@
 """What a selector knows of another dataset's rows: joined by sample id."""
 
-from typing import Protocol
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
 
-
-class _Selector(Protocol):
-    """A [`~trl_bilevel.DataSelector`]."""
-
-    @property
-    def sample_ids(self) -> pa.ChunkedArray: ...
-    @property
-    def logits(self) -> torch.Tensor: ...
-    @property
-    def scored(self) -> torch.Tensor: ...
-    @property
-    def mean_logit(self) -> float: ...
+from .selector_files import Selector
 
 
-def transferred_logits(sample_ids: pa.ChunkedArray, other: _Selector) -> tuple[torch.Tensor, torch.Tensor]:
+def transferred_logits(sample_ids: pa.ChunkedArray, other: Selector) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The logits of some rows in another selector.
 
