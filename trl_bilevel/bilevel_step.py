@@ -17,9 +17,9 @@ from .losses import (
     ImportanceRatios,
     PreferenceLosses,
     RowLosses,
-    adaptive_validation_weight,
     filter_threshold,
     importance_ratios,
+    pool_with_validation_rows,
     preference_losses,
     row_losses,
     validation_weight_at,
@@ -67,6 +67,7 @@ class BilevelStep(RowGathering):
 
     args: BilevelSFTConfig
     data_selector: DataSelector
+    adapts_validation_weight: bool
     value_function: ValueFunction | None
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
@@ -85,20 +86,9 @@ class BilevelStep(RowGathering):
         self._step_row_means: list[torch.Tensor] = []  # their losses, one tensor per micro-batch of this process
         self._step_value_means: list[torch.Tensor] = []  # the same under the value function
         self._step_pooled: list[torch.Tensor] = []  # their pooled hidden states, for the amortized selector
-        self._step_validation_weight = self.args.validation_weight
         self._refresh_schedule_checked = False
         self._zero_gradients = ZeroGradients()
         self._selection = build_selection(self.args)
-
-    @property
-    def validation_weight(self) -> float:
-        """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
-        if self.args.adaptive_validation_weight:
-            num_proved = self.data_selector.proved_rows
-            return adaptive_validation_weight(len(self.validation_dataset), num_proved, self.args.validation_weight)
-        return validation_weight_at(
-            self.state.epoch or 0, self.args.validation_weight, self.args.validation_weight_decay
-        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -170,7 +160,6 @@ class BilevelStep(RowGathering):
         self._step_row_counts = self._count_rows(sum(map(len, indices)))
         self._step_sample_indices = self._number_rows([index for batch in indices for index in batch])
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
-        self._step_validation_weight = self.validation_weight
         for batch, sample_indices in zip(batches, indices, strict=True):
             lengths = batch.pop(ROW_LENGTHS, None)
             batch[STEP_ROWS] = StepRows(
@@ -192,11 +181,23 @@ class BilevelStep(RowGathering):
 
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
-        threshold = filter_threshold(step_weights, self.args.filter_ratio)
-        coefficients = self._row_coefficients(batches, step_weights, threshold, self._step_validation_weight)
-        own_weights = self._own_rows(step_weights).split([batch[STEP_ROWS].num_training for batch in batches])
-        for batch, weights, batch_coefficients in zip(batches, own_weights, coefficients, strict=True):
-            batch[STEP_ROWS].num_filtered = int((weights < threshold).sum())
+        kept = step_weights >= filter_threshold(step_weights, self.args.filter_ratio)
+        if self.adapts_validation_weight:
+            validation_weight, step_weights = pool_with_validation_rows(
+                self.data_selector.proofs_of(self._step_sample_indices),
+                kept,
+                self.data_selector.num_rows,
+                len(self.validation_dataset),
+                self.args.validation_weight,
+            )
+        else:
+            decay = self.args.validation_weight_decay
+            validation_weight = validation_weight_at(self.state.epoch or 0, self.args.validation_weight, decay)
+        self._metrics["train"]["validation_weight"].append(validation_weight)
+        coefficients = self._row_coefficients(batches, step_weights, kept, validation_weight)
+        own_filtered = (~self._own_rows(kept)).split([batch[STEP_ROWS].num_training for batch in batches])
+        for batch, filtered, batch_coefficients in zip(batches, own_filtered, coefficients, strict=True):
+            batch[STEP_ROWS].num_filtered = int(filtered.sum())
             batch[STEP_ROWS].coefficients = batch_coefficients.to(self.args.device, non_blocking=True)
 
     def _weigh_value_function_rows(self, batches: list[dict[str, Any]]) -> None:
@@ -204,7 +205,7 @@ class BilevelStep(RowGathering):
         weights = self.data_selector.value_function_weights_of(
             self._step_sample_indices, self.args.value_function_rows
         )
-        coefficients = self._row_coefficients(batches, weights, threshold=0.0, validation_weight=0.0)
+        coefficients = self._row_coefficients(batches, weights, weights >= 0, validation_weight=0.0)
         for batch, batch_coefficients in zip(batches, coefficients, strict=True):
             rows: StepRows = batch[STEP_ROWS]
             # theta-hat stands for the training rows as they were given
@@ -212,12 +213,12 @@ class BilevelStep(RowGathering):
             rows.value_coefficients = value_coefficients.to(self.args.device, non_blocking=True)
 
     def _row_coefficients(
-        self, batches: list[dict[str, Any]], step_weights: torch.Tensor, threshold: float, validation_weight: float
+        self, batches: list[dict[str, Any]], step_weights: torch.Tensor, kept: torch.Tensor, validation_weight: float
     ) -> list[torch.Tensor]:
         return row_coefficients_of_step(
             [batch[STEP_ROWS] for batch in batches],
             self._own_rows(step_weights),
-            threshold,
+            self._own_rows(kept),
             validation_weight,
             self.args.loss_normalization,
             reduce=self._sum_over_processes if self.args.average_tokens_across_devices else None,

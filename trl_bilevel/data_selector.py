@@ -113,7 +113,7 @@ class DataSelector:
         # A unit is what has a weight: a row, or a source
         unit_sizes = None if sources is None else count_rows_of_sources(sources)
         num_units = num_rows if unit_sizes is None else len(unit_sizes)
-        self._sums = WeightSums(activation, unit_sizes, prior)
+        self._sums = WeightSums(activation, unit_sizes)
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
@@ -248,10 +248,14 @@ class DataSelector:
         """Rows whose answer stands above one of which nothing is known, bool of shape (N,)."""
         return self.scored & (self.logits > self.neutral_logit)
 
-    @property
-    def proved_rows(self) -> float:
-        """How many rows have proved good in sigmoid weights, each counted by how far it has risen above the prior."""
-        return self._sums.proved_rows(self._unit_logits)
+    def proofs_of(self, row_indices: torch.Tensor) -> torch.Tensor:
+        """
+        How far some rows have proved good in sigmoid weights: max(sigma - p, 0) / (1 - p), p being the prior.
+
+        `row_indices` is int64 of shape (B,), the result fp32 of shape (B,), in [0, 1].
+        """
+        probabilities = self._unit_logits[self._units_of(row_indices)].sigmoid()
+        return (probabilities - self.prior).clamp(min=0) / (1 - self.prior)
 
     def restart(self, row_indices: torch.Tensor) -> None:
         """

@@ -105,26 +105,26 @@ class StepRows:
             coefficients=self.coefficients[units.to(self.coefficients.device)],
         )
 
-    def weighted(self, weights: torch.Tensor, threshold: float) -> WeightedRows:
+    def weighted(self, weights: torch.Tensor, kept: torch.Tensor) -> WeightedRows:
         """
         Join the micro-batch's rows with their weights, on the CPU.
 
         Args:
             weights (`torch.Tensor`): of its training rows, shape (T,).
-            threshold (`float`): see [`~trl_bilevel.losses.filter_threshold`].
+            kept (`torch.Tensor`): which of them take part in the model's step, bool, shape (T,).
         """
         shares = 1 / self.row_of_sequence.bincount(minlength=self.num_training).float()  # (T,)
         weights, shares = weights.float()[self.row_of_sequence], shares[self.row_of_sequence]  # (S,) each
         training_tokens, validation_tokens = self.num_tokens.tensor_split([self.num_sequences])
         if self.reference_nll.numel():
             validation_tokens = torch.ones_like(validation_tokens[::2])  # (P,): a pair counts as a whole
-        return WeightedRows(weights, weights >= threshold, shares, training_tokens, validation_tokens)
+        return WeightedRows(weights, kept[self.row_of_sequence], shares, training_tokens, validation_tokens)
 
 
 def row_coefficients_of_step(
     step_rows: list[StepRows],
     weights: torch.Tensor,
-    threshold: float,
+    kept: torch.Tensor,
     validation_weight: float,
     normalization: LossNormalization,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -135,7 +135,7 @@ def row_coefficients_of_step(
     Args:
         step_rows (`list[StepRows]`): the step's micro-batches on this process.
         weights (`torch.Tensor`): of their training rows, one micro-batch after the other.
-        threshold (`float`): rows of a lower weight are left out.
+        kept (`torch.Tensor`): which of them take part in the model's step, bool, in the same order.
         validation_weight (`float`): lambda.
         normalization (`"token"` or `"row"`): what losses are divided by, over the whole step.
         reduce (`Callable`, *optional*): adds up the divisors over processes.
@@ -143,9 +143,10 @@ def row_coefficients_of_step(
     Returns:
         `list[torch.Tensor]`: fp32 on the CPU, shape (S + V,) each.
     """
-    micro_weights = weights.split([rows.num_training for rows in step_rows])
+    sizes = [rows.num_training for rows in step_rows]
     micro_batches = [
-        rows.weighted(row_weights, threshold) for rows, row_weights in zip(step_rows, micro_weights, strict=True)
+        rows.weighted(row_weights, row_kept)
+        for rows, row_weights, row_kept in zip(step_rows, weights.split(sizes), kept.split(sizes), strict=True)
     ]
     size = torch.stack([torch.stack(objective_size(rows, normalization)) for rows in micro_batches]).sum(dim=0)
     if reduce is not None:
