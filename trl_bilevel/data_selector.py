@@ -249,11 +249,7 @@ class DataSelector:
         return self.scored & (self.logits > self.neutral_logit)
 
     def proofs_of(self, row_indices: torch.Tensor) -> torch.Tensor:
-        """
-        How far some rows have proved good in sigmoid weights: max(sigma - p, 0) / (1 - p), p being the prior.
-
-        `row_indices` is int64 of shape (B,), the result fp32 of shape (B,), in [0, 1].
-        """
+        """How far some rows have proved good in sigmoid weights, max(sigma - prior, 0) / (1 - prior): fp32, (B,)."""
         probabilities = self._unit_logits[self._units_of(row_indices)].sigmoid()
         return (probabilities - self.prior).clamp(min=0) / (1 - self.prior)
 
