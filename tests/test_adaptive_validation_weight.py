@@ -1,6 +1,7 @@
-"""An adaptive lambda: rows that have proved good count as much as trusted ones."""
+"""An adaptive lambda: rows that have proved good count as much as trusted ones, rows that have sunk do not."""
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from peft import LoraConfig
 
 from trl_bilevel import DataSelector
-from trl_bilevel.losses import pool_with_validation_rows
 from trl_bilevel.streamed_selector import StreamedSelector
 
 
@@ -16,79 +16,56 @@ LORA = {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"], "ta
 SURE, HOPELESS = 50.0, -50.0  # logits
 
 
-# ---- What counts how much ----
-def _shares(proofs, kept=None, num_rows=None, num_trusted=10, largest=1.0):
-    """Of the whole objective: of all trusted rows together, and of each training row of the batch."""
-    kept = torch.ones(len(proofs), dtype=torch.bool) if kept is None else torch.tensor(kept)
-    pooled = pool_with_validation_rows(
-        torch.tensor(proofs), kept, num_rows or len(proofs), num_trusted, largest=largest
-    )
-    training = (1 - pooled.validation_weight) * pooled.weights / kept.sum()  # L_train is a mean over the kept rows
-    return pooled.validation_weight, training.tolist()
+def _proved(logits, prior):
+    probabilities = logits.double().sigmoid()
+    return ((probabilities - prior).clamp(min=0) / (1 - prior)).sum().item()
 
 
-def test_proved_row_counts_as_a_trusted_one():
-    trusted, training = _shares([1.0, 0.0, 0.5, 0.0])
-    assert trusted == pytest.approx(10 / 11.5)
-    assert training == pytest.approx([1 / 11.5, 0, 0.5 / 11.5, 0])
-
-
-def test_rows_of_a_batch_stand_for_all():
-    """4 of 400 rows, one of which has proved good: as if 100 had."""
-    trusted, training = _shares([1.0, 0.0, 0.0, 0.0], num_rows=400)
-    assert trusted == pytest.approx(10 / 110)
-    assert training == pytest.approx([100 / 110, 0, 0, 0])
-
-
-@pytest.mark.parametrize("num_rows", [4, 1000])
-def test_lambda_is_the_largest_before_any_row_has_proved_good(num_rows):
-    trusted, training = _shares([0.0] * 4, num_rows=num_rows, largest=0.8)
-    assert trusted == pytest.approx(0.8)
-    assert training == pytest.approx([0.05] * 4)
-
-
-def test_no_row_counts():
-    pooled = pool_with_validation_rows(torch.zeros(3), torch.ones(3, dtype=torch.bool), 3, 10, largest=1.0)
-    assert pooled.validation_weight == 1.0
-    assert pooled.weights.isfinite().all()
-
-
-def test_filtered_rows_do_not_count():
-    trusted, training = _shares([1.0, 1.0, 0.0], kept=[True, False, True])
-    assert trusted == pytest.approx(10 / 11)
-    assert training == pytest.approx([1 / 11, 0, 0])
-
-
-@pytest.mark.parametrize("prior", [0.05, 0.2, 0.5])
-def test_proof_is_how_far_a_probability_has_risen(prior):
-    selector = DataSelector(4, activation="sigmoid", learning_rate=1.0, centered=False, prior=prior)
-    assert selector.proofs_of(torch.arange(4)).tolist() == pytest.approx([0] * 4, abs=1e-6)
-    selector.update(torch.arange(4), torch.tensor([-2.0, 2.0, 0.0, -100.0]))
-    # odds times e^2
-    odds = prior / (1 - prior) * torch.tensor(2.0).exp().item()
-    risen = odds / (1 + odds)
-    expected = [(risen - prior) / (1 - prior), 0, 0, 1]
-    assert selector.proofs_of(torch.arange(4)).tolist() == pytest.approx(expected, abs=1e-6)
-    assert selector.proofs_of(torch.tensor([3, 1])).tolist() == pytest.approx([1, 0], abs=1e-6)
-    with pytest.raises(IndexError):
-        selector.proofs_of(torch.tensor([4]))
-
-
-def test_rows_of_a_source_have_proved_the_same():
-    sources = torch.tensor([0, 1, 0])
-    selector = DataSelector(3, activation="sigmoid", sources=sources, centered=False, prior=0.2)
-    selector.update(torch.tensor([0]), torch.tensor([-6.0]))
-    first, other, same = selector.proofs_of(torch.arange(3)).tolist()
-    assert first == same > 0.5
-    assert other == pytest.approx(0, abs=1e-6)
+# ---- What has proved good ----
+@pytest.mark.parametrize("with_sources", [False, True])
+def test_running_sum_is_that_of_all_rows(with_sources, tmp_path):
+    """Over updates large enough to saturate, rows that restart, and a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.arange(300) % 40 if with_sources else None
+    options = {"activation": "sigmoid", "learning_rate": 20.0, "sources": sources, "centered": False, "prior": 0.2}
+    selector = DataSelector(300, **options)
+    assert selector.proved_rows == pytest.approx(0, abs=1e-4)  # the first logits are rounded
+    for step in range(300):
+        rows = torch.randperm(300, generator=generator)[:8]
+        selector.update(rows, torch.randn(8, generator=generator) * 10.0 ** (step % 3 - 1))
+        if step % 7 == 0:
+            selector.restart(rows[:2])
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-8)
+    assert 50 < selector.proved_rows < 300
+    selector.save(tmp_path, "rows")
+    restored = DataSelector(300, **options)
+    restored.load(tmp_path, "rows")
+    for other in (selector, restored):
+        other.update(torch.arange(8), torch.linspace(-1, 1, 8))
+    assert restored.proved_rows == selector.proved_rows  # bit for bit
 
 
 def test_rows_of_a_stream_have_proved_nothing_when_they_come():
     selector = StreamedSelector("sigmoid", 3.0, centered=False, prior=0.2)
-    rows = selector.row_numbers(["a", "b"])
-    assert selector.proofs_of(rows).tolist() == pytest.approx([0, 0], abs=1e-6)
-    selector.update(rows, torch.tensor([-1.0, 1.0]))
-    assert selector.proofs_of(selector.row_numbers(["b", "a", "c"])).gt(1e-6).tolist() == [False, True, False]
+    assert selector.proved_rows == 0
+    for start in range(0, 3000, 100):
+        rows = selector.row_numbers([str(row) for row in range(start, start + 100)])
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-3)
+        selector.update(rows, torch.linspace(-1, 1, 100))
+        assert selector.proved_rows == pytest.approx(_proved(selector.logits, 0.2), abs=1e-3)
+
+
+@pytest.mark.parametrize("prior", [0.05, 0.2, 0.5])
+def test_row_has_sunk_once_something_speaks_against_it(prior):
+    selector = DataSelector(4, activation="sigmoid", learning_rate=1.0, centered=False, prior=prior)
+    assert not selector.sunk(torch.arange(4)).any()
+    selector.update(torch.arange(3), torch.tensor([-0.1, 0.1, 0.0]))
+    assert selector.sunk(torch.arange(4)).tolist() == [False, True, False, False]
+    assert selector.sunk(torch.tensor([3, 1])).tolist() == [False, True]
+    selector.restart(torch.tensor([1]))
+    assert not selector.sunk(torch.arange(4)).any()
+    with pytest.raises(IndexError):
+        selector.sunk(torch.tensor([4]))
 
 
 # ---- The trainer ----
@@ -114,20 +91,20 @@ def _lambdas(trainer):
     return {entry["step"]: entry["validation_weight"] for entry in entries}
 
 
+def _set_logits(trainer, logits):
+    trainer.data_selector._unit_logits.copy_(logits)
+    trainer.data_selector._sums.refresh(logits)
+
+
 @pytest.mark.parametrize("share_of_good", [0.5, 1.0])
 def test_it_equals_a_constant_lambda_where_that_is_known(make_adaptive_trainer, train_dataset, share_of_good):
-    """In batches of all rows, with weights that stay: of M trusted rows and R good ones lambda is M / (M + R)."""
+    """With weights that stay: of M trusted rows and R good ones lambda is M / (M + R)."""
     num_rows = len(train_dataset)
     num_good = round(share_of_good * num_rows)
     logits = torch.full((num_rows,), HOPELESS)
     logits[torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))[:num_good]] = SURE
-    options = {
-        "peft_config": LoraConfig(**{**LORA, "lora_dropout": 0.0}),
-        "selector_learning_rate": 0.0,
-        "per_device_train_batch_size": num_rows,
-        "per_device_validation_batch_size": 4,
-    }
-    adaptive = make_adaptive_trainer(**options, validation_weight=1.0)
+    options = {"peft_config": LoraConfig(**{**LORA, "lora_dropout": 0.0}), "selector_learning_rate": 0.0}
+    adaptive = make_adaptive_trainer(**options)
     expected = len(adaptive.validation_dataset) / (len(adaptive.validation_dataset) + num_good)
     constant = make_adaptive_trainer(
         **options,
@@ -136,31 +113,53 @@ def test_it_equals_a_constant_lambda_where_that_is_known(make_adaptive_trainer, 
         output_dir=f"{adaptive.args.output_dir}-constant",
     )
     for trainer in (adaptive, constant):
-        trainer.data_selector._unit_logits.copy_(logits)
-        trainer.data_selector._sums.refresh(logits)
+        _set_logits(trainer, logits)
         trainer.train()
-    assert list(_lambdas(adaptive).values()) == pytest.approx([expected] * 2)
+    assert list(_lambdas(adaptive).values()) == pytest.approx([expected] * 12)
     for one, other in zip(adaptive.model.parameters(), constant.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_lambda_of_a_step_follows_what_its_rows_have_proved(make_adaptive_trainer, monkeypatch):
+def test_rows_that_have_sunk_have_no_part_in_the_model(make_adaptive_trainer, train_dataset):
+    """Not even as much as their weight: nonsense in their place changes nothing. With a constant lambda it does."""
+    sunk = torch.arange(len(train_dataset)) % 3 == 0
+    logits = torch.where(sunk, -2.0, 1.0)  # the prior's is -1.4
+
+    def parameters(name, nonsense, adaptive):
+        def spoil(row, index):
+            return {"completion": row["completion"][::-1]} if nonsense and sunk[index] else row
+
+        trainer = make_adaptive_trainer(
+            train_dataset=train_dataset.map(spoil, with_indices=True),
+            selector_learning_rate=0.0,
+            adaptive_validation_weight=adaptive,
+            output_dir=str(folder / name),
+            loss_normalization="row",
+        )
+        _set_logits(trainer, logits)
+        trainer.train()
+        return torch.cat([value.flatten() for value in trainer.model.parameters() if value.requires_grad])
+
+    folder = Path(make_adaptive_trainer().args.output_dir).parent
+    assert torch.equal(parameters("a", False, True), parameters("b", True, True))
+    assert not torch.allclose(parameters("c", False, False), parameters("d", True, False), atol=1e-5)
+
+
+def test_lambda_of_a_step_follows_the_rows_that_have_proved_good(make_adaptive_trainer, monkeypatch):
     trainer = make_adaptive_trainer(gradient_accumulation_steps=2)
     expected = []
-    weigh_rows = trainer._weigh_rows
+    start_step = trainer._start_step
 
-    def record(batches, step_weights):
-        probabilities = trainer.data_selector.logits[trainer._step_sample_indices].double().sigmoid()
-        proved = ((probabilities - 0.2).clamp(min=0) / 0.8).mean().item() * trainer.data_selector.num_rows
+    def record(batches):
         num_trusted = len(trainer.validation_dataset)
-        expected.append(num_trusted / (num_trusted / 0.9 + proved))
-        weigh_rows(batches, step_weights)
+        expected.append(min(0.9, num_trusted / (num_trusted + _proved(trainer.data_selector.logits, 0.2))))
+        start_step(batches)
 
-    monkeypatch.setattr(trainer, "_weigh_rows", record)
+    monkeypatch.setattr(trainer, "_start_step", record)
     trainer.train()
     assert list(_lambdas(trainer).values()) == pytest.approx(expected, abs=1e-6)
-    assert expected[0] == pytest.approx(0.9)
-    assert min(expected) < 0.75
+    assert expected[0] == 0.9
+    assert min(expected) < 0.8
     assert len(set(expected)) > 2
 
 
@@ -190,12 +189,10 @@ def test_resumed_run_equals_the_unbroken_one(make_adaptive_trainer, stop_at):
     assert any(one != other for one, other in itertools.pairwise(_lambdas(unbroken).values()))
 
 
-def test_filter_goes_by_the_weights_also_of_rows_that_have_proved_nothing(make_adaptive_trainer, train_dataset):
-    """All of them are below the prior, where proofs tie."""
+def test_filter_goes_by_the_weights_also_of_rows_that_have_sunk(make_adaptive_trainer, train_dataset):
+    """All of them have, and would tie."""
     trainer = make_adaptive_trainer(selector_learning_rate=0.0, filter_ratio=0.25, num_train_epochs=1)
-    logits = torch.linspace(-6, -5, len(train_dataset))
-    trainer.data_selector._unit_logits.copy_(logits)
-    trainer.data_selector._sums.refresh(logits)
+    _set_logits(trainer, torch.linspace(-6, -5, len(train_dataset)))
     trainer.train()
     filtered = [
         entry["selector/filtered_ratio"] for entry in trainer.state.log_history if "selector/filtered_ratio" in entry
@@ -209,8 +206,8 @@ def test_stream_trains_with_it(make_adaptive_trainer, train_dataset):
     trainer = make_adaptive_trainer(train_dataset=rows, max_steps=12)
     trainer.train()
     logged = list(_lambdas(trainer).values())
-    assert logged[:6] == pytest.approx([0.9] * 6)  # the first pass: nothing is known of a row that is new
-    assert min(logged) < 0.8
+    assert logged[0] == 0.9
+    assert logged[-1] < 0.9
 
 
 @pytest.mark.parametrize(
@@ -233,3 +230,11 @@ def test_refused_where_no_row_proves_good_by_itself(make_adaptive_trainer, optio
 def test_refused_beside_a_schedule(make_config):
     with pytest.raises(ValueError, match=r"`validation_weight_decay=0.1` has no effect with `adaptive_validation"):
         make_config(adaptive_validation_weight=True, validation_weight_decay=0.1)
+
+
+def test_lambda_without_evidence_and_with_all_of_it():
+    selector = DataSelector(1000, activation="sigmoid", learning_rate=50.0, centered=False, prior=0.2)
+    for _ in range(3):
+        selector.update(torch.arange(1000), -torch.ones(1000))
+    assert selector.proved_rows == pytest.approx(1000, rel=1e-6)
+    assert math.isfinite(selector.statistics().entropy)

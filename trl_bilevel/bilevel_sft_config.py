@@ -46,10 +46,11 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         validation_weight_decay (`float`, *optional*, defaults to `0.0`):
             How much `validation_weight` falls after every epoch; it stops at 0.
         adaptive_validation_weight (`bool`, *optional*, defaults to `False`):
-            Let each training row that has proved good count as much as a validation row, in one pool with them:
-            $\lambda$ starts at `validation_weight` and falls to M / (M + R) for M validation rows and R rows that have
-            proved good, each counted by how far its probability has risen above `selector_prior`; rows below that
-            count as next to nothing (docs/method.md). Needs a value function and sigmoid weights.
+            Let $\lambda$ fall from `validation_weight` as training rows prove good: to M / (M + R) for M validation
+            rows and R rows that have proved good, each counted by how far its probability has risen above
+            `selector_prior`. What has proved good then counts like what is trusted, and rows that have sunk below that
+            probability do not count at all. It serves the model where there are some hundred validation rows, most
+            where most rows are good; not with very few (docs/study.md). Needs a value function and sigmoid weights.
         validation_loss_type (`str`, *optional*, defaults to `"nll"`):
             The upper level's objective. `"nll"`: the negative log-likelihood of the validation rows. `"dpo"`: the
             validation rows are preference pairs, in any format of [`~trl.DPOTrainer`], and the objective is its

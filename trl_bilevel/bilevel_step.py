@@ -17,9 +17,9 @@ from .losses import (
     ImportanceRatios,
     PreferenceLosses,
     RowLosses,
+    adaptive_validation_weight,
     filter_threshold,
     importance_ratios,
-    pool_with_validation_rows,
     preference_losses,
     row_losses,
     validation_weight_at,
@@ -89,6 +89,15 @@ class BilevelStep(RowGathering):
         self._refresh_schedule_checked = False
         self._zero_gradients = ZeroGradients()
         self._selection = build_selection(self.args)
+
+    @property
+    def validation_weight(self) -> float:
+        """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
+        if self.adapts_validation_weight:
+            num_proved, largest = self.data_selector.proved_rows, self.args.validation_weight
+            return adaptive_validation_weight(len(self.validation_dataset), num_proved, largest)
+        decay = self.args.validation_weight_decay
+        return validation_weight_at(self.state.epoch or 0, self.args.validation_weight, decay)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -183,18 +192,9 @@ class BilevelStep(RowGathering):
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
         kept = step_weights >= filter_threshold(step_weights, self.args.filter_ratio)
         if self.adapts_validation_weight:
-            validation_weight, step_weights = pool_with_validation_rows(
-                self.data_selector.proofs_of(self._step_sample_indices),
-                kept,
-                self.data_selector.num_rows,
-                len(self.validation_dataset),
-                self.args.validation_weight,
-            )
-        else:
-            decay = self.args.validation_weight_decay
-            validation_weight = validation_weight_at(self.state.epoch or 0, self.args.validation_weight, decay)
-        self._metrics["train"]["validation_weight"].append(validation_weight)
-        coefficients = self._row_coefficients(batches, step_weights, kept, validation_weight)
+            step_weights = step_weights * ~self.data_selector.sunk(self._step_sample_indices)
+        self._metrics["train"]["validation_weight"].append(self.validation_weight)
+        coefficients = self._row_coefficients(batches, step_weights, kept, self.validation_weight)
         own_filtered = (~self._own_rows(kept)).split([batch[STEP_ROWS].num_training for batch in batches])
         for batch, filtered, batch_coefficients in zip(batches, own_filtered, coefficients, strict=True):
             batch[STEP_ROWS].num_filtered = int(filtered.sum())

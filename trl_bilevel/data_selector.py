@@ -113,7 +113,7 @@ class DataSelector:
         # A unit is what has a weight: a row, or a source
         unit_sizes = None if sources is None else count_rows_of_sources(sources)
         num_units = num_rows if unit_sizes is None else len(unit_sizes)
-        self._sums = WeightSums(activation, unit_sizes)
+        self._sums = WeightSums(activation, unit_sizes, prior)
         self._unit_logits = torch.full((num_units,), math.log(prior / (1 - prior)))  # (U,)
         self._scored = torch.zeros(num_units, dtype=torch.bool)  # (U,)
         self._restarted = torch.zeros(num_units, dtype=torch.bool)  # (U,): since then no update
@@ -248,10 +248,14 @@ class DataSelector:
         """Rows whose answer stands above one of which nothing is known, bool of shape (N,)."""
         return self.scored & (self.logits > self.neutral_logit)
 
-    def proofs_of(self, row_indices: torch.Tensor) -> torch.Tensor:
-        """How far some rows have proved good in sigmoid weights, max(sigma - prior, 0) / (1 - prior): fp32, (B,)."""
-        probabilities = self._unit_logits[self._units_of(row_indices)].sigmoid()
-        return (probabilities - self.prior).clamp(min=0) / (1 - self.prior)
+    def sunk(self, row_indices: torch.Tensor) -> torch.Tensor:
+        """Which of some rows stand below one of which nothing is known: int64 of shape (B,) in, bool out."""
+        return self._unit_logits[self._units_of(row_indices)] < self.neutral_logit
+
+    @property
+    def proved_rows(self) -> float:
+        """How many rows have proved good in sigmoid weights, each counted by how far it has risen above the prior."""
+        return self._sums.proved_rows(self._unit_logits)
 
     def restart(self, row_indices: torch.Tensor) -> None:
         """
@@ -274,14 +278,11 @@ class DataSelector:
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
         """
-        Write the selector's state to `data_selector.safetensors` in `directory`, whole or not at all.
+        Write the selector's state to `data_selector.safetensors` in `directory`, whole or not at all; its path.
 
         Args:
             directory (`str` or `os.PathLike`): an existing directory.
             fingerprint (`str`): identifies the training rows; `load` refuses a file written for other rows.
-
-        Returns:
-            `pathlib.Path`: the file written.
         """
         return selector_files.write_selector_state(directory, self._state(), self._identity(fingerprint))
 
@@ -290,7 +291,7 @@ class DataSelector:
         Restore what `save` wrote.
 
         Raises:
-            `FileNotFoundError`: if the directory holds no selector state.
+            `FileNotFoundError`: if there is none.
             `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
         """
         self._restore(selector_files.read_selector_state(directory, self._identity(fingerprint)))
@@ -323,8 +324,7 @@ class DataSelector:
         Args:
             directory (`str` or `os.PathLike`): created if it does not exist.
 
-        Returns:
-            `pathlib.Path`: `data_selector.parquet`, with the columns `sample_id`, `logit`, `weight` and `scored`.
+        Returns `data_selector.parquet`'s path; its columns are `sample_id`, `logit`, `weight` and `scored`.
         """
         return selector_files.write_selector_table(directory, selector_files.selector_table(self))
 

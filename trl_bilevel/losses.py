@@ -207,53 +207,24 @@ def validation_weight_at(epoch: float, initial: float, decay: float) -> float:
     return max(0.0, initial - decay * int(epoch))
 
 
-class PooledRows(NamedTuple):
-    """How much a step's validation rows and its training rows count, see [`pool_with_validation_rows`]."""
-
-    validation_weight: float
-    """lambda."""
-    weights: torch.Tensor
-    """Of the training rows, mean 1 over those that are kept, 0 for the others, fp32, shape (B,)."""
-
-
-def pool_with_validation_rows(
-    proofs: torch.Tensor, kept: torch.Tensor, num_rows: int, num_validation_rows: int, largest: float
-) -> PooledRows:
+def adaptive_validation_weight(num_validation_rows: int, proved_rows: float, largest: float) -> float:
     """
-    Let each training row that has proved good count as much as a validation row, in one pool.
-
-    The B rows of a step stand for all N, each for N/B of them. A row counts as far as it has proved good, r_i; and the
-    rows of which nothing is known share what makes lambda the `largest` before any has:
-
-        c_i = N/B * r_i + M/B * (1 - largest) / largest
-        lambda = M / (M + sum_i c_i),   w_i = c_i / mean(c)
-
-    so that lambda * L_val + (1 - lambda) * L_train(w) weighs row i by c_i where a validation row is weighed by M/V.
+    lambda at which each row that has proved good counts as much as a validation row: M / (M + R), at most `largest`.
 
     Args:
-        proofs (`torch.Tensor`): r, how far each row of a global batch has proved good, in [0, 1], shape (B,).
-        kept (`torch.Tensor`): which of them take part in the model's step, bool, shape (B,).
-        num_rows (`int`): N, training rows.
         num_validation_rows (`int`): M, rows.
-        largest (`float`): lambda in (0, 1] before any row has proved good.
+        proved_rows (`float`): R, training rows that have proved good, not necessarily whole ones.
+        largest (`float`): lambda before any has.
 
     Example:
 
     ```python
-    >>> import torch
-    >>> half_of_them = torch.tensor([1.0, 0.0])
-    >>> pooled = pool_with_validation_rows(half_of_them, torch.tensor([True, True]), 400, 200, largest=1.0)
-    >>> pooled.validation_weight, pooled.weights  # 200 rows have proved good, beside 200 validation rows
-    (0.5, tensor([2., 0.]))
+    >>> [adaptive_validation_weight(200, proved, largest=0.9) for proved in (0, 200, 600)]
+    [0.9, 0.5, 0.25]
 
     ```
     """
-    unproved = num_validation_rows * (1 - largest) / largest
-    counts = (num_rows * proofs.double() + unproved) / len(proofs) * kept  # (B,)
-    total = counts.sum().item()
-    # No row counts: then the training rows have no part in the objective, and their weights are nobody's concern
-    weights = counts * (kept.sum() / total) if total else kept.double()
-    return PooledRows(num_validation_rows / (num_validation_rows + total), weights.float())
+    return min(largest, num_validation_rows / (num_validation_rows + proved_rows))
 
 
 def closed_form_log_weights(row_means: torch.Tensor, temperature: float) -> torch.Tensor:

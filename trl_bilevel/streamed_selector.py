@@ -88,7 +88,7 @@ class StreamedSelector(DataSelector):
         # The tensors of the parent class are the filled parts of these
         self._buffers = (self._unit_logits, self._scored, self._restarted)
         self._show(0)
-        self._sums = WeightSums(activation)
+        self._sums = WeightSums(activation, prior=prior)
 
     @property
     def sample_ids(self) -> pa.ChunkedArray:

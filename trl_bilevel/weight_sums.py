@@ -36,17 +36,20 @@ class WeightSums:
     Args:
         activation (`"softmax"` or `"sigmoid"`): of the weights.
         unit_sizes (`torch.Tensor`, *optional*): rows of each unit, float64 of shape (U,); 1 each if not given.
+        prior (`float`): mass that a sigmoid weight starts with.
     """
 
-    def __init__(self, activation: SelectorActivation, unit_sizes: torch.Tensor | None = None):
+    def __init__(self, activation: SelectorActivation, unit_sizes: torch.Tensor | None = None, prior: float = 0.5):
         self.activation = activation
         self.unit_sizes = unit_sizes
+        self.prior = prior
         self.shift = 0.0
         self.total = 0.0
         """Mass of all rows."""
         self._largest_total = 0.0  # since the last refresh
         # Sums over all rows of m^2 and of m log m, and the largest that the first has been; `None` until somebody asks
         self._moments: tuple[float, float, float] | None = None
+        self._proved: float | None = None  # see `proved_rows`; `None` until somebody asks
 
     def log_mass(self, logits: torch.Tensor) -> torch.Tensor:
         """Logarithms of masses in float64, same shape as `logits`."""
@@ -62,17 +65,20 @@ class WeightSums:
         self.shift = unit_logits.max().item() if self.activation == "softmax" else 0.0
         self.total = sum(self._sums(unit_logits, units, False)[0] for units in _slices(len(unit_logits)))
         self._largest_total = self.total
-        self._moments = None
+        self._moments = self._proved = None
 
     def set_logits(self, unit_logits: torch.Tensor, units: torch.Tensor, logits: torch.Tensor) -> None:
         """Give some units, each once, other logits; both of shape (B,). Writes into `unit_logits`, shape (U,)."""
         with_moments = self._moments is not None
         before = self._sums(unit_logits, units, with_moments)
+        proved_before = 0.0 if self._proved is None else self._proved_sum(unit_logits, units)
         unit_logits[units] = logits
         if logits.max().item() - self.shift > _LARGEST_EXPONENT:
             self.refresh(unit_logits)
             return
         self._add(self._sums(unit_logits, units, with_moments), before)
+        if self._proved is not None:
+            self._proved += self._proved_sum(unit_logits, units) - proved_before
         # Subtracting most of a sum leaves mainly its rounding error
         if self.total < _SMALLEST_TOTAL_RATIO * self._largest_total:
             self.refresh(unit_logits)
@@ -87,6 +93,8 @@ class WeightSums:
             self.refresh(unit_logits)
             return
         self._add(self._sums(unit_logits, new, self._moments is not None))
+        if self._proved is not None:
+            self._proved += self._proved_sum(unit_logits, new)
         self._largest_total = max(self._largest_total, self.total)
 
     def statistics(self, unit_logits: torch.Tensor, num_rows: int) -> SelectorStatistics:
@@ -107,17 +115,30 @@ class WeightSums:
             weight_max=num_rows * largest / self.total,
         )
 
+    def proved_rows(self, unit_logits: torch.Tensor) -> float:
+        """
+        Rows whose sigmoid weight has risen above the prior p, each counted by how far: sum of max(m - p, 0) / (1 - p).
+
+        From a running sum once it was asked for; in [0, N], and 0 for the logits that all rows start with.
+        """
+        if self._proved is None:
+            self._proved = sum(self._proved_sum(unit_logits, units) for units in _slices(len(unit_logits)))
+        return max(self._proved, 0.0)  # which rounding may miss
+
     def state(self) -> dict[str, torch.Tensor]:
         """All of it as tensors, so that a resumed run goes on with the same rounding."""
         tensors = {"normalizer": torch.tensor([self.shift, self.total, self._largest_total], dtype=torch.float64)}
         if self._moments is not None:
             tensors["moments"] = torch.tensor(self._moments, dtype=torch.float64)
+        if self._proved is not None:
+            tensors["proved"] = torch.tensor(self._proved, dtype=torch.float64)
         return tensors
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Go on as `state` was."""
         self.shift, self.total, self._largest_total = tensors["normalizer"].tolist()
         self._moments = tuple(tensors["moments"].tolist()) if "moments" in tensors else None
+        self._proved = tensors["proved"].item() if "proved" in tensors else None
 
     def _add(self, sums: list[float], instead_of: list[float] | None = None) -> None:
         difference = sums if instead_of is None else [new - old for new, old in zip(sums, instead_of, strict=True)]
@@ -125,6 +146,11 @@ class WeightSums:
         if self._moments is not None:
             squares, logs = self._moments[0] + difference[1], self._moments[1] + difference[2]
             self._moments = (squares, logs, max(squares, self._moments[2]))
+
+    def _proved_sum(self, unit_logits: torch.Tensor, units: torch.Tensor | slice) -> float:
+        excess = (self.mass(unit_logits[units]) - self.prior).clamp(min=0) / (1 - self.prior)
+        sizes = None if self.unit_sizes is None else self.unit_sizes[units]
+        return (excess.sum() if sizes is None else torch.dot(sizes, excess)).item()
 
     def _sums(self, unit_logits: torch.Tensor, units: torch.Tensor | slice, with_moments: bool) -> list[float]:
         """Sums over all rows of some units: of their mass m, and with moments of m^2 and of m log m."""
