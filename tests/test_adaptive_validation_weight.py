@@ -120,7 +120,7 @@ def test_it_equals_a_constant_lambda_where_that_is_known(make_adaptive_trainer, 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_rows_that_have_sunk_have_no_part_in_the_model(make_adaptive_trainer, train_dataset):
+def test_rows_that_have_sunk_have_no_part_in_the_model(make_adaptive_trainer, train_dataset, tmp_path):
     """Not even as much as their weight: nonsense in their place changes nothing. With a constant lambda it does."""
     sunk = torch.arange(len(train_dataset)) % 3 == 0
     logits = torch.where(sunk, -2.0, 1.0)  # the prior's is -1.4
@@ -133,14 +133,13 @@ def test_rows_that_have_sunk_have_no_part_in_the_model(make_adaptive_trainer, tr
             train_dataset=train_dataset.map(spoil, with_indices=True),
             selector_learning_rate=0.0,
             adaptive_validation_weight=adaptive,
-            output_dir=str(folder / name),
+            output_dir=str(tmp_path / name),
             loss_normalization="row",
         )
         _set_logits(trainer, logits)
         trainer.train()
         return torch.cat([value.flatten() for value in trainer.model.parameters() if value.requires_grad])
 
-    folder = Path(make_adaptive_trainer().args.output_dir).parent
     assert torch.equal(parameters("a", False, True), parameters("b", True, True))
     assert not torch.allclose(parameters("c", False, False), parameters("d", True, False), atol=1e-5)
 

@@ -33,7 +33,7 @@ from .refined_responses import ResponseStore
 from .response_checks import RewardFunc, check_reward_funcs
 from .run_records import describe_run
 from .scoring import RowScorer, score_dataset
-from .selector_setup import build_selector, resolve_adaptive_validation_weight
+from .selector_setup import build_selector
 from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
@@ -163,9 +163,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         args = self.args
         has_value_function = self._resolve_value_function()
         self.data_selector = build_selector(args, has_value_function, given, self._sample_ids, self._sources)
-        self.adapts_validation_weight = resolve_adaptive_validation_weight(
-            args, has_value_function, self.data_selector
-        )
         if given is not None:
             num_known = self.data_selector.start_from(given)
             logger.info(

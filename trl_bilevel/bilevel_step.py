@@ -67,7 +67,6 @@ class BilevelStep(RowGathering):
 
     args: BilevelSFTConfig
     data_selector: DataSelector
-    adapts_validation_weight: bool
     value_function: ValueFunction | None
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
@@ -93,7 +92,7 @@ class BilevelStep(RowGathering):
     @property
     def validation_weight(self) -> float:
         """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
-        if self.adapts_validation_weight:
+        if self.args.adaptive_validation_weight:
             num_proved, largest = self.data_selector.proved_rows, self.args.validation_weight
             return adaptive_validation_weight(len(self.validation_dataset), num_proved, largest)
         decay = self.args.validation_weight_decay
@@ -191,10 +190,11 @@ class BilevelStep(RowGathering):
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
         kept = step_weights >= filter_threshold(step_weights, self.args.filter_ratio)
-        if self.adapts_validation_weight:
+        if self.args.adaptive_validation_weight:
             step_weights = step_weights * ~self.data_selector.sunk(self._step_sample_indices)
-        self._metrics["train"]["validation_weight"].append(self.validation_weight)
-        coefficients = self._row_coefficients(batches, step_weights, kept, self.validation_weight)
+        validation_weight = self.validation_weight
+        self._metrics["train"]["validation_weight"].append(validation_weight)
+        coefficients = self._row_coefficients(batches, step_weights, kept, validation_weight)
         own_filtered = (~self._own_rows(kept)).split([batch[STEP_ROWS].num_training for batch in batches])
         for batch, filtered, batch_coefficients in zip(batches, own_filtered, coefficients, strict=True):
             batch[STEP_ROWS].num_filtered = int(filtered.sum())
@@ -205,7 +205,7 @@ class BilevelStep(RowGathering):
         weights = self.data_selector.value_function_weights_of(
             self._step_sample_indices, self.args.value_function_rows
         )
-        coefficients = self._row_coefficients(batches, weights, weights >= 0, validation_weight=0.0)
+        coefficients = self._row_coefficients(batches, weights, torch.ones_like(weights, dtype=torch.bool), 0.0)
         for batch, batch_coefficients in zip(batches, coefficients, strict=True):
             rows: StepRows = batch[STEP_ROWS]
             # theta-hat stands for the training rows as they were given

@@ -278,11 +278,14 @@ class DataSelector:
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
         """
-        Write the selector's state to `data_selector.safetensors` in `directory`, whole or not at all; its path.
+        Write the selector's state to `data_selector.safetensors` in `directory`, whole or not at all.
 
         Args:
             directory (`str` or `os.PathLike`): an existing directory.
             fingerprint (`str`): identifies the training rows; `load` refuses a file written for other rows.
+
+        Returns:
+            `pathlib.Path`: the file written.
         """
         return selector_files.write_selector_state(directory, self._state(), self._identity(fingerprint))
 
@@ -291,18 +294,14 @@ class DataSelector:
         Restore what `save` wrote.
 
         Raises:
-            `FileNotFoundError`: if there is none.
+            `FileNotFoundError`: if the directory holds no selector state.
             `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.
         """
         self._restore(selector_files.read_selector_state(directory, self._identity(fingerprint)))
 
     def _state(self) -> dict[str, torch.Tensor]:
-        tensors = {
-            "logits": self._unit_logits,
-            "scored": self._scored,
-            "restarted": self._restarted,
-            **self._sums.state(),
-        }
+        tensors = {"logits": self._unit_logits, "scored": self._scored, "restarted": self._restarted}
+        tensors |= self._sums.state()
         if self._adam is not None:
             tensors |= {f"adam.{name}": value for name, value in self._adam.state[self._unit_logits].items()}
         return tensors
@@ -324,7 +323,8 @@ class DataSelector:
         Args:
             directory (`str` or `os.PathLike`): created if it does not exist.
 
-        Returns `data_selector.parquet`'s path; its columns are `sample_id`, `logit`, `weight` and `scored`.
+        Returns:
+            `pathlib.Path`: `data_selector.parquet`, with the columns `sample_id`, `logit`, `weight` and `scored`.
         """
         return selector_files.write_selector_table(directory, selector_files.selector_table(self))
 

@@ -30,7 +30,7 @@ def build_selector(
         sources ([`~trl_bilevel.dataset_checks.Sources`], *optional*): of the training rows.
 
     Raises:
-        `ValueError`: for a prior that would have no effect.
+        `ValueError`: for a prior or an adaptive `validation_weight` that would have no effect.
     """
     # A given selector's logits mean something in its own activation only
     default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
@@ -41,6 +41,11 @@ def build_selector(
         raise ValueError(
             f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
             "function. Leave it out."
+        )
+    if args.adaptive_validation_weight and not on_its_own:
+        raise ValueError(
+            "`adaptive_validation_weight=True` needs a value function and sigmoid weights, in which a row proves good "
+            "by itself. Use BDS with a PEFT adapter and the defaults of both, or leave it out."
         )
     learning_rate = args.selector_learning_rate
     if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
@@ -58,26 +63,3 @@ def build_selector(
         sources=None if sources is None else sources.of_rows,
         sample_ids=sample_ids,
     )
-
-
-def resolve_adaptive_validation_weight(
-    args: BilevelSFTConfig, has_value_function: bool, selector: DataSelector
-) -> bool:
-    """
-    Whether lambda follows the rows that have proved good.
-
-    Args:
-        args ([`BilevelSFTConfig`]): options.
-        has_value_function (`bool`): whether the selector follows excess losses.
-        selector ([`DataSelector`]): of the run.
-
-    Raises:
-        `ValueError`: if that was asked for where no row proves good by itself.
-    """
-    on_its_own = has_value_function and selector.activation == "sigmoid"
-    if args.adaptive_validation_weight and not on_its_own:
-        raise ValueError(
-            "`adaptive_validation_weight=True` needs a value function and sigmoid weights, in which a row proves good "
-            "by itself. Use BDS with a PEFT adapter and the defaults of both, or leave it out."
-        )
-    return bool(args.adaptive_validation_weight)
