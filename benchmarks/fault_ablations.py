@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 
-_BDS, _BMO, _NO_VALUE_FUNCTION = "BDS (all defaults)", "BMO", "BDS, no value function"
+# One option at a time: lambda must not follow what the option does to the rows
+CONSTANT: dict[str, Any] = {"adaptive_validation_weight": False}
+_BDS, _BMO, _NO_VALUE_FUNCTION = "BDS, constant lambda", "BMO", "BDS, no value function"
 _LOSS = {"value_function": "none"}
 # Greedy answers, in each of five refreshes those of the 30 % of the rows of the lowest weight
-_REFINED = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_REFINED = {**CONSTANT, "refine_ratio": 0.3, "refine_max_new_tokens": 16}
 REFINED = "BDS, refined: lowest weight"
 
 # Runs that differ from a method of the benchmark in one option. `batch_size` is that of training and trusted rows
@@ -26,17 +28,17 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive lambda": {"adaptive_validation_weight": True},
     "lambda 1.0, 0.8, 0.6, 0.4": {"validation_weight": 1.0, "validation_weight_decay": 0.2},
     "lambda 1.0, 0.7, 0.4, 0.1": {"validation_weight": 1.0, "validation_weight_decay": 0.3},
-    "step 1": {"selector_learning_rate": 1.0},
-    "step 10": {"selector_learning_rate": 10.0},
-    "prior 0.5": {"selector_prior": 0.5},
-    "prior 0.05": {"selector_prior": 0.05},
+    "step 1": {**CONSTANT, "selector_learning_rate": 1.0},
+    "step 10": {**CONSTANT, "selector_learning_rate": 10.0},
+    "prior 0.5": {**CONSTANT, "selector_prior": 0.5},
+    "prior 0.05": {**CONSTANT, "selector_prior": 0.05},
     "softmax weights, step 1": {"selector_activation": "softmax", "selector_learning_rate": 1.0},
-    "a quarter of each batch filtered": {"filter_ratio": 0.25},
-    "half of each batch filtered": {"filter_ratio": 0.5},
-    "batches of 16": {"batch_size": 16},
-    "batches of 64": {"batch_size": 64},
-    "8 trusted rows in a batch": {"per_device_validation_batch_size": 8},
-    "64 trusted rows in a batch": {"per_device_validation_batch_size": 64},
+    "a quarter of each batch filtered": {**CONSTANT, "filter_ratio": 0.25},
+    "half of each batch filtered": {**CONSTANT, "filter_ratio": 0.5},
+    "batches of 16": {**CONSTANT, "batch_size": 16},
+    "batches of 64": {**CONSTANT, "batch_size": 64},
+    "8 trusted rows in a batch": {**CONSTANT, "per_device_validation_batch_size": 8},
+    "64 trusted rows in a batch": {**CONSTANT, "per_device_validation_batch_size": 64},
     "loss: lambda 0.5": {**_LOSS, "validation_weight": 0.5},
     "loss: lambda 1.0, 0.8, 0.6, 0.4": {**_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
     "loss: step 0.3": {**_LOSS, "selector_learning_rate": 0.3},
@@ -60,7 +62,7 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
 # What is shown together: the value of the option, and the run
 ABLATIONS: dict[str, dict[str, str]] = {
     "validation_weight": {"0.5": "lambda 0.5", "0.7": "lambda 0.7", "0.9": _BDS, "1": "lambda 1"},
-    "adaptive_validation_weight": {"False": _BDS, "True": "adaptive lambda"},
+    "adaptive_validation_weight": {"False": _BDS, "True": "BDS (all defaults)"},
     "validation_weight_decay": {
         "0.9 throughout": _BDS,
         "1 to 0.4": "lambda 1.0, 0.8, 0.6, 0.4",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from alternatives import ALTERNATIVES, Context
 from datasets import Dataset, concatenate_datasets
-from fault_ablations import ABLATION_OPTIONS
+from fault_ablations import ABLATION_OPTIONS, CONSTANT
 from fault_settings import SeedFiles
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -52,13 +52,14 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": _LOSS,
     "BDS (all defaults)": {},
-    "BDS, value function on all rows": {"value_function_rows": "all"},
-    "BDS, value function on selected rows": {"value_function_rows": "selected"},
+    "BDS, constant lambda": CONSTANT,
+    "BDS, value function on all rows": {**CONSTANT, "value_function_rows": "all"},
+    "BDS, value function on selected rows": {**CONSTANT, "value_function_rows": "selected"},
 }
 # The same runs with answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the
 # rows of the lowest weight, or of a fixed random 60 %
-_LOWEST = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
-_RANDOM = {"refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
+_LOWEST = {**CONSTANT, "refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_RANDOM = {**CONSTANT, "refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
 REFINED_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, refined: lowest weight": _LOWEST,
     "BDS, refined: random": _RANDOM,

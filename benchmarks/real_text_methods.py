@@ -138,6 +138,7 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": {"value_function": "none"},
+    "BDS, constant lambda": {"adaptive_validation_weight": False},
     DEFAULTS: {},
 }
 METHODS = (*SFT_ROWS, DIFFERENCE, *BILEVEL_OPTIONS, SECOND_ROUND)

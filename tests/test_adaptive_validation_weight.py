@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from trl_bilevel import DataSelector
@@ -237,3 +238,65 @@ def test_lambda_without_evidence_and_with_all_of_it():
         selector.update(torch.arange(1000), -torch.ones(1000))
     assert selector.proved_rows == pytest.approx(1000, rel=1e-6)
     assert math.isfinite(selector.statistics().entropy)
+
+
+# ---- By default ----
+@pytest.fixture
+def make_default_trainer(make_trainer, validation_dataset):
+    """With many validation rows, and training rows that have all proved good, so that lambda falls where it may."""
+    validation = concatenate_datasets([validation_dataset] * 100)
+
+    def make(num_validation_rows=100, **options):
+        trainer = make_trainer(
+            **{
+                "peft_config": LoraConfig(**LORA),
+                "validation_dataset": validation.select(range(num_validation_rows)),
+                "selector_learning_rate": 0.0,
+                "max_steps": 2,
+                "logging_steps": 1,
+                **options,
+            }
+        )
+        _set_logits(trainer, torch.full_like(trainer.data_selector._unit_logits, SURE))
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"value_function_rows": "all"}, {"filter_ratio": 0.5}], ids=str)
+def test_it_is_on_by_default_with_a_hundred_validation_rows(make_default_trainer, train_dataset, options):
+    trainer = make_default_trainer(**options)
+    trainer.train()
+    assert list(_lambdas(trainer).values()) == pytest.approx([100 / (100 + len(train_dataset))] * 2)
+
+
+def test_it_can_be_turned_off(make_default_trainer):
+    trainer = make_default_trainer(adaptive_validation_weight=False)
+    trainer.train()
+    assert set(_lambdas(trainer).values()) == {0.9}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_validation_rows": 99},
+        {"validation_weight": 0.8},
+        {"validation_weight_decay": 0.1},
+        {"selector_activation": "softmax"},
+        {"value_function": "none"},
+        {"peft_config": None},
+        {"selection_method": "bmo", "selector_learning_rate": None},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_lambda_does_not_adapt_by_default(make_default_trainer, options):
+    trainer = make_default_trainer(**options)
+    trainer.train()
+    assert set(_lambdas(trainer).values()) == {options.get("validation_weight", 0.9)}
+
+
+def test_lambda_does_not_adapt_by_default_to_sources(make_default_trainer, train_dataset):
+    rows = train_dataset.add_column("origin", [str(number % 5) for number in range(len(train_dataset))])
+    trainer = make_default_trainer(train_dataset=rows, source_column="origin")
+    trainer.train()
+    assert set(_lambdas(trainer).values()) == {0.9}

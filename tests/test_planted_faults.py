@@ -307,7 +307,7 @@ def test_ablations_change_the_option_they_show():
 def test_ablations_are_printed_and_drawn(tmp_path, run_tiny):
     titles = ["per_device_train_batch_size", "num_refined_responses"]
     output = " ".join(run_tiny(ablations=titles).split())
-    names = {"batches of 16", "batches of 64", "BDS (all defaults)", "BDS, refined: lowest weight"}
+    names = {"batches of 16", "batches of 64", "BDS, constant lambda", "BDS, refined: lowest weight"}
     names |= {"refined: 4 responses", "refined: 4 responses, temperature 0.5"}
     assert set(_results(tmp_path / "seed3")) == names
     for title in titles:

@@ -41,16 +41,19 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             Temperature of that softmax, in nats per token. Small values put the weight on the rows of the lowest loss.
         validation_weight (`float`, *optional*, defaults to `0.9`):
             Weight $\lambda \in (0, 1]$ of the validation loss in the objective
-            $\lambda L_{val} + (1-\lambda) L_{train}(w)$. A high value lets the validation rows shape the model, so
+            $\lambda L_{val} + (1-\lambda) L_{train}(w)$. Constant where it is changed; by default it may fall, see
+            `adaptive_validation_weight`. A high value lets the validation rows shape the model, so
             that bad training rows stand out by their loss; a low one trains more on the weighted training rows.
         validation_weight_decay (`float`, *optional*, defaults to `0.0`):
             How much `validation_weight` falls after every epoch; it stops at 0.
-        adaptive_validation_weight (`bool`, *optional*, defaults to `False`):
+        adaptive_validation_weight (`bool`, *optional*):
             Let $\lambda$ fall from `validation_weight` as training rows prove good: to M / (M + R) for M validation
             rows and R rows that have proved good, each counted by how far its probability has risen above
             `selector_prior`. What has proved good then counts like what is trusted, and rows that have sunk below that
-            probability do not count at all. It serves the model where there are some hundred validation rows, most
-            where most rows are good; not with very few (docs/study.md). Needs a value function and sigmoid weights.
+            probability do not count at all. Needs a value function and sigmoid weights. If `None`, on where it serves
+            the model (docs/study.md): with at least 100 validation rows, their negative log-likelihood as the
+            objective, a weight for each row (no `source_column`), and `validation_weight` and its decay at their
+            defaults.
         validation_loss_type (`str`, *optional*, defaults to `"nll"`):
             The upper level's objective. `"nll"`: the negative log-likelihood of the validation rows. `"dpo"`: the
             validation rows are preference pairs, in any format of [`~trl.DPOTrainer`], and the objective is its
@@ -135,9 +138,12 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         default=0.0,
         metadata={"help": "How much `validation_weight` falls after every epoch; it stops at 0."},
     )
-    adaptive_validation_weight: bool = field(
-        default=False,
-        metadata={"help": "Let `validation_weight` fall as training rows prove good; needs a value function."},
+    adaptive_validation_weight: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let `validation_weight` fall as training rows prove good; needs a value function. If `None`, on "
+            "with at least 100 validation rows, where `validation_weight` is the default."
+        },
     )
     validation_loss_type: ValidationLossType = field(
         default="nll",

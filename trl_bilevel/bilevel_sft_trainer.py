@@ -33,7 +33,7 @@ from .refined_responses import ResponseStore
 from .response_checks import RewardFunc, check_reward_funcs
 from .run_records import describe_run
 from .scoring import RowScorer, score_dataset
-from .selector_setup import build_selector
+from .selector_setup import build_selector, resolve_adaptive_validation_weight
 from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
@@ -171,6 +171,9 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         if args.validation_loss_type == "dpo":
             self._add_reference_likelihoods()
             self._set_validation_batch_size()  # again: some pairs may have been left out
+        self._has_adaptive_weight = resolve_adaptive_validation_weight(
+            args, self.data_selector, has_value_function, len(self.validation_dataset)
+        )
         self.value_function = self._build_value_function() if has_value_function else None
         self.amortized_selector = None
         if args.amortized_selector:

@@ -72,6 +72,7 @@ class BilevelStep(RowGathering):
     refiner: Refiner | None
     response_store: ResponseStore
     packed_training: PackedRows | None
+    _has_adaptive_weight: bool
     _rows_to_refine: np.ndarray
     _refresh_delay: int
     _training_metrics: TrainingMetrics
@@ -92,11 +93,10 @@ class BilevelStep(RowGathering):
     @property
     def validation_weight(self) -> float:
         """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
-        if self.args.adaptive_validation_weight:
-            num_proved, largest = self.data_selector.proved_rows, self.args.validation_weight
-            return adaptive_validation_weight(len(self.validation_dataset), num_proved, largest)
-        decay = self.args.validation_weight_decay
-        return validation_weight_at(self.state.epoch or 0, self.args.validation_weight, decay)
+        largest = self.args.validation_weight
+        if self._has_adaptive_weight:
+            return adaptive_validation_weight(len(self.validation_dataset), self.data_selector.proved_rows, largest)
+        return validation_weight_at(self.state.epoch or 0, largest, self.args.validation_weight_decay)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -190,7 +190,7 @@ class BilevelStep(RowGathering):
     def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
         kept = step_weights >= filter_threshold(step_weights, self.args.filter_ratio)
-        if self.args.adaptive_validation_weight:
+        if self._has_adaptive_weight:
             step_weights = step_weights * ~self.data_selector.sunk(self._step_sample_indices)
         validation_weight = self.validation_weight
         self._metrics["train"]["validation_weight"].append(validation_weight)

@@ -1,4 +1,4 @@
-"""The data selector that a run's options ask for."""
+"""The data selector that a run's options ask for, and whether lambda follows it."""
 
 import pyarrow as pa
 
@@ -9,6 +9,7 @@ from .selector_updates import SelectorActivation
 from .streamed_selector import StreamedSelector
 
 
+_MIN_VALIDATION_ROWS = 100  # few are soon outweighed by rows that proved good by mistake (docs/study.md)
 _EXCESS_LOSS_LEARNING_RATE = 3.0  # excess losses are smaller than losses, and sigmoid weights saturate
 
 
@@ -62,4 +63,28 @@ def build_selector(
         prior=prior,
         sources=None if sources is None else sources.of_rows,
         sample_ids=sample_ids,
+    )
+
+
+def resolve_adaptive_validation_weight(
+    args: BilevelSFTConfig, selector: DataSelector, has_value_function: bool, num_validation_rows: int
+) -> bool:
+    """
+    Whether lambda falls as rows prove good: what the option says, or by default where that serves the model.
+
+    Args:
+        args ([`BilevelSFTConfig`]): options.
+        selector ([`DataSelector`]): the run's.
+        has_value_function (`bool`): whether it follows excess losses.
+        num_validation_rows (`int`): M, rows.
+    """
+    if args.adaptive_validation_weight is not None:
+        return args.adaptive_validation_weight
+    defaults = BilevelSFTConfig.__dataclass_fields__
+    names = ("validation_weight", "validation_weight_decay", "validation_loss_type", "source_column")
+    return (
+        has_value_function
+        and selector.activation == "sigmoid"
+        and num_validation_rows >= _MIN_VALIDATION_ROWS
+        and all(getattr(args, name) == defaults[name].default for name in names)
     )
