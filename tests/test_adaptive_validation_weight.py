@@ -10,6 +10,7 @@ from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from trl_bilevel import DataSelector
+from trl_bilevel.run_records import read_facts
 from trl_bilevel.streamed_selector import StreamedSelector
 
 
@@ -263,17 +264,24 @@ def make_default_trainer(make_trainer, validation_dataset):
     return make
 
 
+def _method_on_the_card(trainer):
+    trainer.save_model()
+    return read_facts(trainer.args.output_dir)["method"]
+
+
 @pytest.mark.parametrize("options", [{}, {"value_function_rows": "all"}, {"filter_ratio": 0.5}], ids=str)
 def test_it_is_on_by_default_with_a_hundred_validation_rows(make_default_trainer, train_dataset, options):
     trainer = make_default_trainer(**options)
     trainer.train()
     assert list(_lambdas(trainer).values()) == pytest.approx([100 / (100 + len(train_dataset))] * 2)
+    assert _method_on_the_card(trainer) == "BDS with a value function and an adaptive validation weight"
 
 
 def test_it_can_be_turned_off(make_default_trainer):
     trainer = make_default_trainer(adaptive_validation_weight=False)
     trainer.train()
     assert set(_lambdas(trainer).values()) == {0.9}
+    assert _method_on_the_card(trainer) == "BDS with a value function"
 
 
 @pytest.mark.parametrize(

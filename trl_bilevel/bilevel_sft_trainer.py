@@ -128,7 +128,12 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         self._training_metrics = TrainingMetrics()
         self._weight_history = WeightHistory()
         self._run_facts = describe_run(
-            args, self.model, train_dataset, validation_dataset, self.value_function is not None
+            args,
+            self.model,
+            train_dataset,
+            validation_dataset,
+            has_value_function=self.value_function is not None,
+            has_adaptive_weight=self._has_adaptive_weight,
         )
         self._curated_repo_id: str | None = None  # once it was pushed
         self._prepare_refinement(reward_funcs)

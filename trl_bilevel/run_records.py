@@ -195,7 +195,12 @@ def read_facts(run_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def describe_run(
-    args: Any, model: Any, training: Dataset | IterableDataset, validation: Dataset, has_value_function: bool
+    args: Any,
+    model: Any,
+    training: Dataset | IterableDataset,
+    validation: Dataset,
+    has_value_function: bool,
+    has_adaptive_weight: bool = False,
 ) -> dict[str, Any]:
     """
     The facts of a run that a card may show, JSON values: nothing local and nothing secret.
@@ -207,10 +212,13 @@ def describe_run(
         training (`datasets.Dataset` or `datasets.IterableDataset`): rows as the user passed them.
         validation (`datasets.Dataset`): trusted rows, likewise.
         has_value_function (`bool`): whether the weights follow excess losses.
+        has_adaptive_weight (`bool`, *optional*, defaults to `False`): whether lambda falls as rows prove good.
     """
+    with_value_function = " with a value function" if has_value_function else ""
+    and_adaptive = " and an adaptive validation weight" if has_adaptive_weight else ""
     model_name = get_config_model_id(model.config)
     return {
-        "method": args.selection_method.upper() + (" with a value function" if has_value_function else ""),
+        "method": args.selection_method.upper() + with_value_function + and_adaptive,
         "base_model": model_name if model_name and is_hub_id(model_name) else None,
         "options": card_options(args),
         "model_options": model_options(model),
