@@ -58,11 +58,13 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # The same runs with answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the
 # rows of the lowest weight, or of a fixed random 60 %
-_LOWEST = {**CONSTANT, "refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_REFINED = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_LOWEST = {**CONSTANT, **_REFINED}
 _RANDOM = {**CONSTANT, "refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
 REFINED_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, refined: lowest weight": _LOWEST,
     "BDS, refined: random": _RANDOM,
+    "BDS (all defaults), refined: lowest weight": _REFINED,
     "BMO, refined: lowest weight": {"selection_method": "bmo", **_LOWEST},
     "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
 }

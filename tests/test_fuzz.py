@@ -59,7 +59,7 @@ OPTIONS = st.fixed_dictionaries(
         "value_function_rows": st.sampled_from(["rejected", "all", "selected"]),
         "validation_weight": st.sampled_from([0.01, 0.5, 1.0]),
         "validation_weight_decay": st.sampled_from([0.0, 0.5]),
-        "adaptive_validation_weight": st.booleans(),
+        "adaptive_validation_weight": st.sampled_from([None, False, True]),
         "per_device_validation_batch_size": st.integers(1, 3),
         "filter_ratio": st.sampled_from([0.0, 0.25, 0.9]),
         "bmo_temperature": st.sampled_from([0.01, 1.0, 50.0]),
