@@ -53,7 +53,7 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             probability do not count at all. Needs a value function and sigmoid weights. If `None`, on where it serves
             the model (docs/study.md): with at least 100 validation rows, their negative log-likelihood as the
             objective, a weight for each row (no `source_column`), and `validation_weight` and its decay at their
-            defaults.
+            defaults. `False` keeps $\lambda$ constant there, too.
         validation_loss_type (`str`, *optional*, defaults to `"nll"`):
             The upper level's objective. `"nll"`: the negative log-likelihood of the validation rows. `"dpo"`: the
             validation rows are preference pairs, in any format of [`~trl.DPOTrainer`], and the objective is its
