@@ -65,7 +65,7 @@ REFINED_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, refined: lowest weight": _LOWEST,
     "BDS, refined: random": _RANDOM,
     "BDS (all defaults), refined: lowest weight": _REFINED,
-    "BMO, refined: lowest weight": {"selection_method": "bmo", **_LOWEST},
+    "BMO, refined: lowest weight": {"selection_method": "bmo", **_REFINED},
     "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
 }
 # Another round with what a first run learned

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from trl_bilevel import DataSelector
 from trl_bilevel.run_records import read_facts
+from trl_bilevel.selector_setup import resolve_adaptive_validation_weight
 from trl_bilevel.streamed_selector import StreamedSelector
 
 
@@ -288,7 +289,7 @@ def test_it_can_be_turned_off(make_default_trainer):
     "options",
     [
         {"num_validation_rows": 99},
-        {"validation_weight": 0.8},
+        {"validation_weight": 0.85},
         {"validation_weight_decay": 0.1},
         {"selector_activation": "softmax"},
         {"value_function": "none"},
@@ -308,3 +309,10 @@ def test_lambda_does_not_adapt_by_default_to_sources(make_default_trainer, train
     trainer = make_default_trainer(train_dataset=rows, source_column="origin")
     trainer.train()
     assert set(_lambdas(trainer).values()) == {0.9}
+
+
+@pytest.mark.parametrize(("loss", "adapts"), [("nll", True), ("dpo", False)])
+def test_lambda_adapts_by_default_where_both_levels_have_the_same_loss(make_config, loss, adapts):
+    selector = DataSelector(10, activation="sigmoid", centered=False, prior=0.2)
+    args = make_config(validation_loss_type=loss)
+    assert resolve_adaptive_validation_weight(args, selector, 100) is adapts

@@ -177,7 +177,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self._add_reference_likelihoods()
             self._set_validation_batch_size()  # again: some pairs may have been left out
         self._has_adaptive_weight = resolve_adaptive_validation_weight(
-            args, self.data_selector, has_value_function, len(self.validation_dataset)
+            args, self.data_selector, len(self.validation_dataset)
         )
         self.value_function = self._build_value_function() if has_value_function else None
         self.amortized_selector = None

@@ -67,7 +67,7 @@ def build_selector(
 
 
 def resolve_adaptive_validation_weight(
-    args: BilevelSFTConfig, selector: DataSelector, has_value_function: bool, num_validation_rows: int
+    args: BilevelSFTConfig, selector: DataSelector, num_validation_rows: int
 ) -> bool:
     """
     Whether lambda falls as rows prove good: what the option says, or by default where that serves the model.
@@ -75,16 +75,13 @@ def resolve_adaptive_validation_weight(
     Args:
         args ([`BilevelSFTConfig`]): options.
         selector ([`DataSelector`]): the run's.
-        has_value_function (`bool`): whether it follows excess losses.
         num_validation_rows (`int`): M, rows.
     """
     if args.adaptive_validation_weight is not None:
         return args.adaptive_validation_weight
-    defaults = BilevelSFTConfig.__dataclass_fields__
-    names = ("validation_weight", "validation_weight_decay", "validation_loss_type", "source_column")
-    return (
-        has_value_function
-        and selector.activation == "sigmoid"
-        and num_validation_rows >= _MIN_VALIDATION_ROWS
-        and all(getattr(args, name) == defaults[name].default for name in names)
-    )
+    is_weight_given = args.validation_weight != BilevelSFTConfig.validation_weight or args.validation_weight_decay != 0
+    # A training row counts like a validation row only where both have the same kind of loss and a weight of their own
+    are_alike = args.validation_loss_type == "nll" and args.source_column is None
+    judges_each_row_on_its_own = not selector.centered  # see `build_selector`
+    has_enough_rows = num_validation_rows >= _MIN_VALIDATION_ROWS
+    return judges_each_row_on_its_own and has_enough_rows and are_alike and not is_weight_given
