@@ -95,6 +95,11 @@ def build_tiny_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrai
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups, which are long and go to one worker, come first: at the end the other workers would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quantized_weights_stay_trainable() -> Iterator[None]:
     """On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights for inference, and cannot train on them again."""

@@ -18,6 +18,9 @@ from trl_bilevel.demo.planted_faults import OPERATIONS, build_dataset, build_tok
 from trl_bilevel.demo.problem import DemoArguments
 
 
+pytestmark = pytest.mark.xdist_group("demo")  # one run serves all tests
+
+
 def test_planted_faults_are_faults_and_nothing_else_is():
     rows = build_dataset(500, seed=0, fault_ratio=0.7)
     assert [rows["fault"][:].count(kind) for kind in ("none", "random", "wrong_rule")] == [150, 70, 280]

@@ -1,6 +1,7 @@
 """The gate besides behaviour: style, types, and that what is shipped is what is documented."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,13 @@ def test_lower_bounds_are_the_oldest_versions_of_the_ranges():
     for name, specifier in requirements.items() - {("torch", requirements["torch"])}:
         assert {str(s) for s in specifier if s.operator == ">="} == {f">={bounds[name]}"}
         assert specifier.contains(bounds[name])
+
+
+@pytest.mark.xdist_group("gate")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process")
+def test_a_group_goes_to_one_worker(request):
+    """Else every worker launches the processes of a group for itself; pytest-xdist tells groups by the test's id."""
+    assert request.node.nodeid.endswith("@gate")
 
 
 def test_no_file_names_a_package_registry_or_model_hub_host():

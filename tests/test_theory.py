@@ -8,6 +8,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("theory")  # the same courses serve all tests
 
 
 @pytest.fixture(scope="module")
