@@ -1,5 +1,7 @@
 """The command line, as a user calls it."""
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +20,25 @@ from trl_bilevel.scripts import sft
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+COMMAND = str(Path(sys.executable).with_name("trl-bilevel"))
+
+
 def _run(*command):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _sft(*options):
+    """What `accelerate launch` starts, without another process."""
+    sft.main(*sft.make_parser().parse_args_and_config([*options]))
+
+
+@pytest.fixture
+def run_example(monkeypatch):
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +87,15 @@ def test_unknown_command_names_the_known_ones(capsys):
     assert "'fine-tune' (choose from" in capsys.readouterr().err
 
 
-def test_sft_trains_curates_and_saves(files, tmp_path):
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # TRL's own default
+def test_sft_trains_curates_and_saves(files, tmp_path, run_example):
     config = tmp_path / "run.yaml"
     config.write_text(
         "use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\nkeep_ratio: 0.5\nnum_processes: 1\n"
     )
-    command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft", "--config", str(config)]
     # `--num_machines` belongs to `accelerate launch`, `--seed` to the script
-    result = _run(*command, *_training_options(files, tmp_path / "out"), "--num_machines", "1", "--seed", "1")
+    options = ["--config", str(config), "--num_machines", "1", "--seed", "1"]
+    result = _run(COMMAND, "sft", *_training_options(files, tmp_path / "out"), *options)
     assert result.returncode == 0, result.stderr
     assert "validation_loss" in result.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -88,11 +108,10 @@ def test_sft_trains_curates_and_saves(files, tmp_path):
     options = _training_options(files, tmp_path / "plain")
     options[options.index(str(files / "mixture.jsonl"))] = str(tmp_path / "out" / "curated")
     del options[options.index("--validation_dataset_name") : options.index("--validation_dataset_name") + 2]
-    result = _run(sys.executable, str(EXAMPLES / "train_on_curated.py"), *options, "--keep_ratio", "0.4")
-    assert result.returncode == 0, result.stderr
+    run_example("train_on_curated.py", *options, "--keep_ratio", "0.4")
     assert (tmp_path / "plain" / "model.safetensors").is_file()
     selector = ["--data_selector", str(tmp_path / "out"), "--selector_learning_rate", "0"]
-    result = _run(*command[:2], *_training_options(files, tmp_path / "next"), *selector)
+    result = _run(COMMAND, "sft", *_training_options(files, tmp_path / "next"), *selector)
     assert result.returncode == 0, result.stderr
     assert "accelerate" not in result.stderr  # which warns of every default it takes
     first, second = (DataSelector.from_pretrained(tmp_path / name) for name in ("out", "next"))
@@ -105,7 +124,7 @@ def test_sft_trains_curates_and_saves(files, tmp_path):
 def test_sft_goes_on_from_its_last_checkpoint(files, tmp_path, capsys):
     options = [*_training_options(files, tmp_path / "out"), "--save_strategy", "steps", "--save_steps", "2"]
     for more, num_steps in (([], 3), (["--max_steps", "5", "--resume_from_checkpoint", "True"], 2)):
-        sft.main(*sft.make_parser().parse_args_and_config([*options, *more]))
+        _sft(*options, *more)
         assert capsys.readouterr().out.count("'validation_loss'") == num_steps
 
 
@@ -114,74 +133,64 @@ def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path):
     config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
     options = _training_options(files, tmp_path / "out")
     del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
-    result = _run(str(Path(sys.executable).with_name("trl-bilevel")), "sft", "--config", str(config), *options)
-    assert result.returncode == 0, result.stderr
+    _sft("--config", str(config), *options)
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
 
 
 def test_sft_refuses_unknown_options_before_training(files, tmp_path):
-    command = [str(Path(sys.executable).with_name("trl-bilevel")), "sft"]
-    result = _run(*command, *_training_options(files, tmp_path / "out"), "--validation_wieght", "0.5")
+    result = _run(COMMAND, "sft", *_training_options(files, tmp_path / "out"), "--validation_wieght", "0.5")
     assert result.returncode != 0
     assert "--validation_wieght" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_example_runs(files, tmp_path):
+def test_example_runs(files, tmp_path, run_example):
     options = _training_options(files, tmp_path / "out")
     options[options.index(str(files / "mixture.jsonl"))] = str(files / "parquet")
     options[options.index(str(files / "trusted"))] = str(files / "parquet")
-    result = _run(sys.executable, str(EXAMPLES / "bilevel_sft.py"), *options)
-    assert result.returncode == 0, result.stderr
-    assert "10 training rows are also in `validation_dataset`" in result.stderr
+    with pytest.warns(UserWarning, match="10 training rows are also in `validation_dataset`"):
+        run_example("bilevel_sft.py", *options)
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 7
 
 
-def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub):
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # TRL's own default
+def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub, run_example):
     """Train and push the model; then publish and write the curated dataset without it."""
-    command = str(Path(sys.executable).with_name("trl-bilevel"))
     options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
-    result = _run(command, "sft", *options)
-    assert result.returncode == 0, result.stderr
+    _sft(*options)
     assert "model.safetensors" in hub.files("model", "me/model")
-    result = _run(command, "push", str(tmp_path / "out"), "me/rows", "--keep_ratio", "0.5", "--license", "mit")
-    assert result.returncode == 0, result.stderr
+    assert main(["push", str(tmp_path / "out"), "me/rows", "--keep_ratio", "0.5", "--license", "mit"]) == 0
     published = load_dataset("me/rows", split="train")
     assert len(published) == 12
-    result = _run(
-        command, "curate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cut"), "--keep_ratio", "0.5"
-    )
-    assert result.returncode == 0, result.stderr
+    assert main(["curate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cut"), "--keep_ratio", "0.5"]) == 0
     cut = load_dataset(str(tmp_path / "cut"), split="train", cache_dir=str(tmp_path))
     assert cut.to_list() == published.to_list()
     options = _training_options(files, tmp_path / "elsewhere")
     options[options.index(str(files / "mixture.jsonl"))] = "me/rows"
     del options[options.index("--validation_dataset_name") : options.index("--validation_dataset_name") + 2]
-    result = _run(sys.executable, str(EXAMPLES / "train_on_curated.py"), *options, "--keep_ratio", "0.5")
-    assert result.returncode == 0, result.stderr
+    run_example("train_on_curated.py", *options, "--keep_ratio", "0.5")
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
 def test_curated_rows_are_written_when_the_hub_takes_no_model(files, tmp_path, hub):
     hub.fail("POST", "/commit/", 403, times=100)
     options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
-    result = _run(str(Path(sys.executable).with_name("trl-bilevel")), "sft", *options)
-    assert result.returncode != 0
-    assert f"`hf upload me/model {tmp_path / 'out'} ." in result.stderr
+    with pytest.raises(RuntimeError, match=re.escape(f"`hf upload me/model {tmp_path / 'out'} .")):
+        _sft(*options)
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
 
 
-def test_self_refining_example_shows_what_became_of_the_answers(files, tmp_path):
+def test_self_refining_example_shows_what_became_of_the_answers(files, tmp_path, run_example, capsys):
     options = _training_options(files, tmp_path / "out")
     options[options.index(str(files / "mixture.jsonl"))] = str(files / "mixture")
     options[options.index(str(files / "trusted"))] = str(files / "parquet")
     # An untrained model seldom stops by itself
     refine = ["--refine_ratio", "0.5", "--refine_start_step", "1", "--refine_discard_flawed", "False"]
     refine += ["--refine_max_new_tokens", "4"]
-    result = _run(sys.executable, str(EXAMPLES / "self_refining.py"), *options, *refine)
-    assert result.returncode == 0, result.stderr
-    assert "12 of 24 answers were regenerated" in result.stdout
-    assert "original answer" in result.stdout
+    run_example("self_refining.py", *options, *refine)
+    printed = capsys.readouterr().out
+    assert "12 of 24 answers were regenerated" in printed
+    assert "original answer" in printed
     curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))
     refined = curated.filter(lambda row: row["response_source"] == "refined")
     assert len(refined) == 12

@@ -210,8 +210,10 @@ def test_every_command_reads_its_options_from_a_file(run_dir, tmp_path, hub):
 # ---- Processes: pipes, locales, launching ----
 @pytest.mark.parametrize(
     "environment",
-    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
-    ids=["C", "ASCII"],
+    [
+        pytest.param({"LC_ALL": "C"}, id="C", marks=pytest.mark.slow),  # Python then takes UTF-8 by itself
+        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, id="ASCII"),
+    ],
 )
 def test_pipe_in_any_locale(run_dir, tmp_path, environment):
     result = _run(COMMAND, "curate", str(run_dir), "--output_dir", str(tmp_path / "cut"), **environment)
@@ -247,7 +249,11 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
             "error: `--validation_dataset_name` is missing. Name the dataset you trust.",
             marks=pytest.mark.slow,  # as on two processes
         ),
-        (["--validation_dataset_name", "{new}.jsonl"], "error: {new}.jsonl is no file here."),
+        pytest.param(
+            ["--validation_dataset_name", "{new}.jsonl"],
+            "error: {new}.jsonl is no file here.",
+            marks=pytest.mark.slow,
+        ),
         (
             ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
             "error: `--validation_dataset_name` is missing. Name the dataset you trust.",  # of each process
