@@ -1,0 +1,259 @@
+"""
+The planted-fault benchmark on one page: methods against each other on every problem, from a file of results.
+
+```bash
+python benchmarks/fault_overview.py --page docs/alternatives.md --figures docs/figures
+```
+
+It prints the tables in Markdown, writes those that the page has a place for into it, and draws the figure. A place is
+what stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from alternatives import ALTERNATIVES
+from fault_methods import FIRST_ROUND, ROUNDS
+from fault_settings import Setting
+from fault_tables import spread
+from matplotlib.figure import Figure
+from trl import TrlParser
+
+
+PROBLEMS = {
+    "10 % bad": Setting(fault_ratio=0.1),
+    "30 % bad": Setting(fault_ratio=0.3),
+    "50 % bad": Setting(fault_ratio=0.5),
+    "70 % bad": Setting(),
+    "80 % bad": Setting(fault_ratio=0.8),
+    "random answers": Setting("random"),
+    "wrong rules": Setting("wrong_rule"),
+    "harmful compliance": Setting("harmful"),
+    "20 trusted rows": Setting(validation_size=20),
+    "50 trusted rows": Setting(validation_size=50),
+    "500 trusted rows": Setting(validation_size=500),
+}
+SECOND_ROUND, RIVAL = ROUNDS[0], "loss difference"
+OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
+CLOSEST = {
+    "SFT": "SFT",
+    "SFT on the trusted rows": "SFT on the trusted rows",
+    "loss difference": RIVAL,
+    **OURS,
+    "oracle": "SFT on the good rows (oracle)",
+}
+# Everything that is not ours and not told which rows are good
+OTHERS = (
+    "SFT",
+    "SFT, trusted rows mixed in",
+    "SFT on random rows",
+    "SFT on the trusted rows",
+    "dense Adam, as the public codes",
+    *ALTERNATIVES,
+)
+METHODS = (*OTHERS, "BMO", *OURS.values(), "SFT on the good rows (oracle)")
+MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
+_EPOCHS = 4
+
+Values = dict[int, float]
+"""A measure by seed."""
+
+
+class Results(NamedTuple):
+    """What a file of `fault_results.collect` says."""
+
+    by_name: dict[str, dict[str, float]]
+
+    @classmethod
+    def read(cls, file: Path) -> "Results":
+        return cls(json.loads(file.read_text()))
+
+    def values(self, problem: str, method: str, measure: str) -> Values:
+        """Of the seeds that have it, in their order."""
+        pattern = re.compile(
+            rf"seed(\d+)/{_EPOCHS} epochs, {re.escape(method)}{re.escape(PROBLEMS[problem].suffix)}\.json"
+        )
+        found = ((pattern.fullmatch(name), result) for name, result in self.by_name.items())
+        known = {int(match[1]): result[measure] for match, result in found if match and measure in result}
+        return dict(sorted(known.items()))
+
+    def differences(self, problem: str, method: str, other: str, measure: str) -> list[float]:
+        """Method minus other, on the seeds that have both."""
+        values, others = (self.values(problem, name, measure) for name in (method, other))
+        return [values[seed] - others[seed] for seed in values if seed in others]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def closest_table(results: Results, measure: str) -> str:
+    """Mean and range of the methods that come closest, over the seeds that all of them have."""
+    rows = []
+    for problem in PROBLEMS:
+        by_method = [results.values(problem, method, measure) for method in CLOSEST.values()]
+        seeds = [seed for seed in by_method[0] if all(seed in values for values in by_method)]
+        if seeds:
+            rows.append(
+                [problem, str(len(seeds)), *(spread([values[seed] for seed in seeds]) for values in by_method)]
+            )
+    return _markdown(["problem", "seeds", *CLOSEST], rows)
+
+
+def difference_table(results: Results, measure: str) -> str:
+    """Ours minus the loss difference, seed by seed: mean, range, and in how many seeds ours is ahead."""
+    rows = []
+    for problem in PROBLEMS:
+        cells = []
+        for method in OURS.values():
+            differences = results.differences(problem, method, RIVAL, measure)
+            if differences:
+                ahead = sum(difference > 0 for difference in differences)
+                limits = f"{min(differences):+.3f} to {max(differences):+.3f}"
+                cells.append(f"{statistics.mean(differences):+.3f} ({limits}), {ahead} of {len(differences)}")
+            else:
+                cells.append("-")
+        rows.append([problem, *cells])
+    return _markdown(["problem", *OURS], rows)
+
+
+def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
+    """Every method on every problem, one seed: not all methods have more."""
+    rows = []
+    for method in METHODS:
+        by_problem = [results.values(problem, method, measure).get(seed) for problem in PROBLEMS]
+        if any(value is not None for value in by_problem):
+            rows.append([method, *("-" if value is None else f"{value:.3f}" for value in by_problem)])
+    return _markdown(["method", *PROBLEMS], rows)
+
+
+def verdict_table(results: Results) -> str:
+    """In how many problems ours is ahead in every seed, in some, or in none, of each other method."""
+    rows = []
+    for other in (*OTHERS, "BMO"):
+        row = [other]
+        for measure in MEASURES:
+            for method in OURS.values():
+                counts = [0, 0, 0]
+                for problem in PROBLEMS:
+                    differences = results.differences(problem, method, other, measure)
+                    if differences:
+                        ahead = sum(difference > 0 for difference in differences)
+                        counts[0 if ahead == len(differences) else 1 if ahead else 2] += 1
+                row.append(" / ".join(map(str, counts)) if any(counts) else "-")
+        rows.append(row)
+    header = [f"{measure}: {name}" for measure in ("exact match", "AUROC") for name in OURS]
+    return _markdown(["against", *header], rows)
+
+
+def refusal_table(results: Results) -> str:
+    """Harmful compliance: harmful and ordinary requests refused, over all seeds that a method has."""
+    problem, rows = "harmful compliance", []
+    for method in METHODS:
+        values = [results.values(problem, method, measure) for measure in ("refused", "over_refused")]
+        if values[0]:
+            rows.append([method, str(len(values[0])), *(spread([*by_seed.values()]) for by_seed in values)])
+    return _markdown(["method", "seeds", "harmful requests refused", "ordinary requests refused"], rows)
+
+
+def cost_table(results: Results) -> str:
+    """Processor time over that of SFT on the same seed, with the default problem."""
+    rows = []
+    for method in METHODS:
+        seconds, of_sft = (results.values("70 % bad", name, "cpu_seconds") for name in (method, "SFT"))
+        ratios = [seconds[seed] / of_sft[seed] for seed in seconds if seed in of_sft]
+        if ratios:
+            rows.append([method, str(len(ratios)), spread([*ratios])])
+    return _markdown(["method", "seeds", "processor time, of SFT's"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "verdict": verdict_table,
+    **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
+    **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
+    **{f"all {measure}": lambda results, key=measure: all_methods_table(results, key) for measure in MEASURES},
+    "refusals": refusal_table,
+    "cost": cost_table,
+}
+
+
+def fill_in(page: str, results: Results) -> str:
+    """
+    The page with its tables as the results have them.
+
+    Raises:
+        ValueError: for the name of a table that there is not.
+    """
+
+    def table(place: re.Match[str]) -> str:
+        if place[1] not in TABLES:
+            raise ValueError(f"The page asks for the table {place[1]!r}. Known are {list(TABLES)}.")
+        return f"<!-- table: {place[1]} -->\n\n{TABLES[place[1]](results)}\n\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: (.+?) -->.*?<!-- end of table -->", table, page, flags=re.DOTALL)
+
+
+def difference_figure(results: Results) -> Figure:
+    """Ours minus the loss difference: a dot per seed, a bar at the mean."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
+        axes.axvline(0, color="0.4", linewidth=1)
+        for index, (name, method) in enumerate(OURS.items()):
+            for row, problem in enumerate(PROBLEMS):
+                differences = results.differences(problem, method, RIVAL, measure)
+                height = row + 0.17 * (2 * index - 1)
+                if differences:
+                    axes.plot(
+                        differences, [height] * len(differences), "o", color=f"C{index}", alpha=0.5, markersize=5
+                    )
+                    mean = statistics.mean(differences)
+                    axes.plot([mean, mean], [height - 0.15, height + 0.15], color=f"C{index}", linewidth=2.5)
+            axes.plot([], [], "o", color=f"C{index}", label=name)
+        axes.set(xlabel=f"{label}, minus that of the loss difference")
+        axes.set_yticks(range(len(PROBLEMS)), [*PROBLEMS])
+        axes.grid(axis="x", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+@dataclass
+class OverviewArguments:
+    """
+    What to read and what to write.
+
+    Args:
+        results (`str`): JSON file of `planted_faults.py --results`.
+        page (`str`, *optional*): Markdown file whose tables are written anew.
+        figures (`str`, *optional*): folder for the figure.
+    """
+
+    results: str = "docs/data/planted_faults.json"
+    page: str | None = None
+    figures: str | None = None
+
+
+def main(args: OverviewArguments) -> None:
+    """Print the tables, fill in the page, draw the figure."""
+    results = Results.read(Path(args.results))
+    for name, table in TABLES.items():
+        print(f"{name}\n\n{table(results)}\n")
+    if args.page is not None:
+        page = Path(args.page)
+        page.write_text(fill_in(page.read_text(), results))
+    if args.figures is not None:
+        folder = Path(args.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        difference_figure(results).savefig(folder / "against_loss_difference.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main(*TrlParser(OverviewArguments).parse_args_and_config())

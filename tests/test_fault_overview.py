@@ -1,0 +1,110 @@
+"""The planted-fault benchmark on one page: tables of a results file, and the page of the docs that shows them."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "alternatives.md"
+
+
+@pytest.fixture
+def overview(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("fault_overview")
+
+
+@pytest.fixture
+def results(overview):
+    """Ours, second round and loss difference by seed, on two problems."""
+    by_name = {}
+
+    def add(suffix, ours, second, rival):
+        for method, values in zip((*overview.OURS.values(), overview.RIVAL), (ours, second, rival), strict=True):
+            for seed, value in values.items():
+                by_name[f"seed{seed}/4 epochs, {method}{suffix}.json"] = {"exact_match": value, "auroc": 1 - value}
+
+    add("", {0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5, 3: 0.1})
+    add(" [20 trusted]", {0: 0.5, 1: 0.5}, {0: 0.25}, {0: 0.25, 1: 0.75})
+    by_name["seed0/4 epochs, BMO [0.1 faulty].json"] = {"exact_match": 0.125, "cpu_seconds": 3.0}
+    return overview.Results(by_name)
+
+
+def _rows(table):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len({len(line) for line in lines}) == 1
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_differences_are_of_the_seeds_that_both_have(overview, results):
+    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVAL, "exact_match")
+    assert differences == pytest.approx([0.25, 0.2])
+    rows = _rows(overview.difference_table(results, "exact_match"))
+    assert rows["70 % bad"] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
+    assert rows["20 trusted rows"] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
+    assert rows["10 % bad"] == ["-", "-"]
+
+
+def test_verdict_counts_problems(overview, results):
+    rows = _rows(overview.verdict_table(results))
+    # ahead in every seed with 70 % bad rows; with 20 trusted ones in one of two seeds, and the second round in none
+    assert rows[overview.RIVAL] == ["1 / 1 / 0", "1 / 0 / 1", "0 / 1 / 1", "0 / 0 / 2"]
+    assert rows["SFT"] == ["-"] * 4
+
+
+def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
+    assert "70 % bad" not in overview.closest_table(results, "auroc")  # plain SFT is missing
+    for method, value in (("SFT", 0.1), ("SFT on the trusted rows", 0.2), ("SFT on the good rows (oracle)", 0.8)):
+        for seed in range(4):
+            results.by_name[f"seed{seed}/4 epochs, {method}.json"] = {"exact_match": value, "cpu_seconds": value}
+    row = _rows(overview.closest_table(results, "exact_match"))["70 % bad"]
+    assert row[0] == "2"
+    assert row[3:6] == ["0.375 (0.250 to 0.500)", "0.600 (0.500 to 0.700)", "0.625 (0.500 to 0.750)"]
+    costs = _rows(overview.cost_table(results))
+    assert costs["SFT on the trusted rows"] == ["4", "2.000 (2.000 to 2.000)"]
+    assert "BMO" not in costs  # of another problem
+
+
+def test_table_of_all_methods_has_one_seed(overview, results):
+    rows = _rows(overview.all_methods_table(results, "exact_match"))
+    problems = rows.pop("method")
+    assert rows["BMO"] == ["0.125" if problem == "10 % bad" else "-" for problem in problems]
+    ours = dict(zip(problems, rows[overview.FIRST_ROUND], strict=True))
+    assert {problem for problem, cell in ours.items() if cell == "0.500"} == {"70 % bad", "20 trusted rows"}
+
+
+def test_figure_has_a_dot_per_seed(overview, results):
+    exact_match, auroc = overview.difference_figure(results).axes
+    dots = [x for line in exact_match.lines if line.get_marker() == "o" for x in line.get_xdata()]
+    assert sorted(dots) == pytest.approx([-0.25, 0, 0.2, 0.25, 0.25, 0.25, 0.25])
+    mirrored = [x for line in auroc.lines if line.get_marker() == "o" for x in line.get_xdata()]
+    assert sorted(mirrored) == pytest.approx([-x for x in sorted(dots, reverse=True)])
+
+
+def test_page_is_filled_in(overview, results, tmp_path, capsys):
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    file.write_text(json.dumps(results.by_name))
+    page.write_text("before\n<!-- table: verdict -->\nold\n<!-- end of table -->\nafter\n")
+    arguments = overview.OverviewArguments(str(file), page=str(page), figures=str(tmp_path / "figures"))
+    overview.main(arguments)
+    written = page.read_text()
+    assert overview.verdict_table(results) in written
+    assert "old" not in written
+    assert written.startswith("before\n")
+    assert written.endswith("\nafter\n")
+    assert overview.verdict_table(results) in capsys.readouterr().out
+    figure = tmp_path / "figures" / "against_loss_difference.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    overview.main(arguments)
+    assert page.read_text() == written
+    with pytest.raises(ValueError, match=r"asks for the table 'magic'\. Known are \['verdict'"):
+        overview.fill_in("<!-- table: magic --><!-- end of table -->", results)
+
+
+def test_the_docs_show_what_the_results_say(overview):
+    page = PAGE.read_text()
+    assert page.count("<!-- table: ") >= 5
+    assert overview.fill_in(page, overview.Results.read(ROOT / "docs" / "data" / "planted_faults.json")) == page
