@@ -21,6 +21,7 @@ from alternatives import ALTERNATIVES
 from fault_methods import FIRST_ROUND, ROUNDS
 from fault_settings import Setting
 from fault_tables import spread
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from trl import TrlParser
 
@@ -38,12 +39,12 @@ PROBLEMS = {
     "50 trusted rows": Setting(validation_size=50),
     "500 trusted rows": Setting(validation_size=500),
 }
-SECOND_ROUND, RIVAL = ROUNDS[0], "loss difference"
-OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
+OURS = {"one run of BDS": FIRST_ROUND, "second round": ROUNDS[0]}
+RIVALS = ("loss difference", "loss of the trusted rows' model")
 CLOSEST = {
     "SFT": "SFT",
     "SFT on the trusted rows": "SFT on the trusted rows",
-    "loss difference": RIVAL,
+    **{rival: rival for rival in RIVALS},
     **OURS,
     "oracle": "SFT on the good rows (oracle)",
 }
@@ -106,12 +107,13 @@ def closest_table(results: Results, measure: str) -> str:
 
 
 def difference_table(results: Results, measure: str) -> str:
-    """Ours minus the loss difference, seed by seed: mean, range, and in how many seeds ours is ahead."""
+    """Ours minus the rivals, seed by seed: mean, range, and in how many seeds ours is ahead."""
+    pairs = {f"{name}, minus {rival}": (method, rival) for rival in RIVALS for name, method in OURS.items()}
     rows = []
     for problem in PROBLEMS:
         cells = []
-        for method in OURS.values():
-            differences = results.differences(problem, method, RIVAL, measure)
+        for method, rival in pairs.values():
+            differences = results.differences(problem, method, rival, measure)
             if differences:
                 ahead = sum(difference > 0 for difference in differences)
                 limits = f"{min(differences):+.3f} to {max(differences):+.3f}"
@@ -119,7 +121,7 @@ def difference_table(results: Results, measure: str) -> str:
             else:
                 cells.append("-")
         rows.append([problem, *cells])
-    return _markdown(["problem", *OURS], rows)
+    return _markdown(["problem", *pairs], rows)
 
 
 def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
@@ -199,30 +201,35 @@ def fill_in(page: str, results: Results) -> str:
 
 
 def difference_figure(results: Results) -> Figure:
-    """Ours minus the loss difference: a dot per seed, a bar at the mean."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    panels = figure.subplots(1, len(MEASURES), sharey=True)
-    for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
-        axes.axvline(0, color="0.4", linewidth=1)
-        for index, (name, method) in enumerate(OURS.items()):
-            for row, problem in enumerate(PROBLEMS):
-                differences = results.differences(problem, method, RIVAL, measure)
-                height = row + 0.17 * (2 * index - 1)
-                if differences:
-                    axes.plot(
-                        differences, [height] * len(differences), "o", color=f"C{index}", alpha=0.5, markersize=5
-                    )
-                    mean = statistics.mean(differences)
-                    axes.plot([mean, mean], [height - 0.15, height + 0.15], color=f"C{index}", linewidth=2.5)
-            axes.plot([], [], "o", color=f"C{index}", label=name)
-        axes.set(xlabel=f"{label}, minus that of the loss difference")
-        axes.set_yticks(range(len(PROBLEMS)), [*PROBLEMS])
-        axes.grid(axis="x", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
+    """Ours minus the rivals, a row of panels for each: a dot per seed, a bar at the mean."""
+    figure = Figure(figsize=(11, 9.5), layout="constrained")
+    panels = figure.subplots(len(RIVALS), len(MEASURES), sharey=True, sharex="col")
+    for row, rival in zip(panels, RIVALS, strict=True):
+        for axes, (measure, label) in zip(row, MEASURES.items(), strict=True):
+            _plot_differences(axes, results, rival, measure)
+            axes.set(xlabel=f"{label}, minus that of the\n{rival}")
+            axes.xaxis.set_tick_params(labelbottom=True)
+    panels[0][0].invert_yaxis()
+    handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _plot_differences(axes: Axes, results: Results, rival: str, measure: str) -> None:
+    axes.axvline(0, color="0.4", linewidth=1)
+    for index, (name, method) in enumerate(OURS.items()):
+        for row, problem in enumerate(PROBLEMS):
+            differences = results.differences(problem, method, rival, measure)
+            height = row + 0.17 * (2 * index - 1)
+            if differences:
+                dots = {"marker": "o", "linestyle": "", "markersize": 5, "alpha": 0.5}
+                axes.plot(differences, [height] * len(differences), color=f"C{index}", **dots)
+                mean = statistics.mean(differences)
+                axes.plot([mean, mean], [height - 0.15, height + 0.15], color=f"C{index}", linewidth=2.5)
+        axes.plot([], [], "o", color=f"C{index}", label=name)
+    axes.set_yticks(range(len(PROBLEMS)), [*PROBLEMS])
+    axes.grid(axis="x", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 @dataclass
@@ -252,7 +259,7 @@ def main(args: OverviewArguments) -> None:
     if args.figures is not None:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)
-        difference_figure(results).savefig(folder / "against_loss_difference.png", dpi=120)
+        difference_figure(results).savefig(folder / "against_losses.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def results(overview):
     by_name = {}
 
     def add(suffix, ours, second, rival):
-        for method, values in zip((*overview.OURS.values(), overview.RIVAL), (ours, second, rival), strict=True):
+        for method, values in zip((*overview.OURS.values(), overview.RIVALS[0]), (ours, second, rival), strict=True):
             for seed, value in values.items():
                 by_name[f"seed{seed}/4 epochs, {method}{suffix}.json"] = {"exact_match": value, "auroc": 1 - value}
 
@@ -40,29 +40,37 @@ def _rows(table):
 
 
 def test_differences_are_of_the_seeds_that_both_have(overview, results):
-    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVAL, "exact_match")
+    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "exact_match")
     assert differences == pytest.approx([0.25, 0.2])
     rows = _rows(overview.difference_table(results, "exact_match"))
-    assert rows["70 % bad"] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
-    assert rows["20 trusted rows"] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
-    assert rows["10 % bad"] == ["-", "-"]
+    assert rows["70 % bad"][:2] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
+    assert rows["20 trusted rows"][:2] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
+    assert rows["10 % bad"] == ["-"] * 4
+    assert rows["70 % bad"][2:] == ["-"] * 2  # nothing of the other rival
 
 
 def test_verdict_counts_problems(overview, results):
     rows = _rows(overview.verdict_table(results))
     # ahead in every seed with 70 % bad rows; with 20 trusted ones in one of two seeds, and the second round in none
-    assert rows[overview.RIVAL] == ["1 / 1 / 0", "1 / 0 / 1", "0 / 1 / 1", "0 / 0 / 2"]
+    assert rows[overview.RIVALS[0]] == ["1 / 1 / 0", "1 / 0 / 1", "0 / 1 / 1", "0 / 0 / 2"]
     assert rows["SFT"] == ["-"] * 4
 
 
 def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
     assert "70 % bad" not in overview.closest_table(results, "auroc")  # plain SFT is missing
-    for method, value in (("SFT", 0.1), ("SFT on the trusted rows", 0.2), ("SFT on the good rows (oracle)", 0.8)):
+    others = {
+        "SFT": 0.1,
+        "SFT on the trusted rows": 0.2,
+        "SFT on the good rows (oracle)": 0.8,
+        overview.RIVALS[1]: 0.3,
+    }
+    for method, value in others.items():
         for seed in range(4):
             results.by_name[f"seed{seed}/4 epochs, {method}.json"] = {"exact_match": value, "cpu_seconds": value}
     row = _rows(overview.closest_table(results, "exact_match"))["70 % bad"]
     assert row[0] == "2"
-    assert row[3:6] == ["0.375 (0.250 to 0.500)", "0.600 (0.500 to 0.700)", "0.625 (0.500 to 0.750)"]
+    assert row[3] == "0.375 (0.250 to 0.500)"
+    assert row[5:7] == ["0.600 (0.500 to 0.700)", "0.625 (0.500 to 0.750)"]
     costs = _rows(overview.cost_table(results))
     assert costs["SFT on the trusted rows"] == ["4", "2.000 (2.000 to 2.000)"]
     assert "BMO" not in costs  # of another problem
@@ -77,7 +85,8 @@ def test_table_of_all_methods_has_one_seed(overview, results):
 
 
 def test_figure_has_a_dot_per_seed(overview, results):
-    exact_match, auroc = overview.difference_figure(results).axes
+    exact_match, auroc, *second = overview.difference_figure(results).axes
+    assert not [x for axes in second for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
     dots = [x for line in exact_match.lines if line.get_marker() == "o" for x in line.get_xdata()]
     assert sorted(dots) == pytest.approx([-0.25, 0, 0.2, 0.25, 0.25, 0.25, 0.25])
     mirrored = [x for line in auroc.lines if line.get_marker() == "o" for x in line.get_xdata()]
@@ -96,7 +105,7 @@ def test_page_is_filled_in(overview, results, tmp_path, capsys):
     assert written.startswith("before\n")
     assert written.endswith("\nafter\n")
     assert overview.verdict_table(results) in capsys.readouterr().out
-    figure = tmp_path / "figures" / "against_loss_difference.png"
+    figure = tmp_path / "figures" / "against_losses.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
     overview.main(arguments)
     assert page.read_text() == written
