@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.cli import _COMMANDS, main
 from trl_bilevel.command_line import quiet_launcher
-from trl_bilevel.scripts import curate
+from trl_bilevel.scripts import curate, sft
 
 
 COMMAND = str(Path(sys.executable).with_name("trl-bilevel"))
@@ -258,9 +258,10 @@ def test_sft_in_a_pipe_and_an_ascii_locale_with_a_config_of_trl(run_dir, tmp_pat
             ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
             "error: `--validation_dataset_name` is missing. Name the dataset you trust.",  # of each process
         ),
-        (
+        pytest.param(
             ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "{new}"],
-            "error: `resume_from_checkpoint='{new}'` is no folder.",  # and not that of the dataset, which comes later
+            "error: `resume_from_checkpoint='{new}'` is no folder.",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["--validation_dataset_name", "{new}.jsonl", "--resume_from_checkpoint", "True"],
@@ -280,6 +281,14 @@ def test_error_of_a_launched_run_is_one_line(run_dir, tmp_path, options, message
     errors = result.stderr.decode()
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith(message.format(**places))
+
+
+def test_checkpoint_is_looked_for_before_the_datasets(run_dir, tmp_path):
+    options = ["--model_name_or_path", str(run_dir.parent / "base"), "--output_dir", str(tmp_path / "out"), *ON_CPU]
+    options += ["--dataset_name", "no.jsonl", "--validation_dataset_name", "no.jsonl"]
+    options += ["--resume_from_checkpoint", str(tmp_path / "new")]
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*new'` is no folder"):
+        sft.main(*sft.make_parser().parse_args_and_config(options))
 
 
 @pytest.mark.parametrize(("exit_code", "message"), [(1, 1), (-9, "error: process 1 was ended by SIGKILL")])
