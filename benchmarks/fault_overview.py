@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alternatives import ALTERNATIVES
-from fault_methods import FIRST_ROUND, ROUNDS
-from fault_settings import Setting
-from fault_tables import spread
+from fault_methods import FIRST_ROUND, ROUNDS, SFT_ROWS
+from fault_settings import SeedFiles, Setting
+from fault_tables import BEST, WORST, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from trl import TrlParser
@@ -42,22 +42,13 @@ PROBLEMS = {
 OURS = {"one run of BDS": FIRST_ROUND, "second round": ROUNDS[0]}
 RIVALS = ("loss difference", "loss of the trusted rows' model")
 CLOSEST = {
-    "SFT": "SFT",
-    "SFT on the trusted rows": "SFT on the trusted rows",
-    **{rival: rival for rival in RIVALS},
+    **{method: method for method in (WORST, "SFT on the trusted rows", *RIVALS)},
     **OURS,
-    "oracle": "SFT on the good rows (oracle)",
+    "oracle": BEST,
 }
-# Everything that is not ours and not told which rows are good
-OTHERS = (
-    "SFT",
-    "SFT, trusted rows mixed in",
-    "SFT on random rows",
-    "SFT on the trusted rows",
-    "dense Adam, as the public codes",
-    *ALTERNATIVES,
-)
-METHODS = (*OTHERS, "BMO", *OURS.values(), "SFT on the good rows (oracle)")
+# What BDS is held against: everything that is not told which rows are good
+OTHERS = (*(method for method in SFT_ROWS if method != BEST), "dense Adam, as the public codes", *ALTERNATIVES, "BMO")
+METHODS = (*OTHERS, *OURS.values(), BEST)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4
 
@@ -76,12 +67,12 @@ class Results(NamedTuple):
 
     def values(self, problem: str, method: str, measure: str) -> Values:
         """Of the seeds that have it, in their order."""
-        pattern = re.compile(
-            rf"seed(\d+)/{_EPOCHS} epochs, {re.escape(method)}{re.escape(PROBLEMS[problem].suffix)}\.json"
-        )
-        found = ((pattern.fullmatch(name), result) for name, result in self.by_name.items())
-        known = {int(match[1]): result[measure] for match, result in found if match and measure in result}
-        return dict(sorted(known.items()))
+        values = {}
+        for folder in sorted({Path(name).parent for name in self.by_name}):
+            name = SeedFiles(folder, _EPOCHS, PROBLEMS[problem]).result(method).as_posix()
+            if measure in self.by_name.get(name, {}):
+                values[int(folder.name.removeprefix("seed"))] = self.by_name[name][measure]
+        return values
 
     def differences(self, problem: str, method: str, other: str, measure: str) -> list[float]:
         """Method minus other, on the seeds that have both."""
@@ -137,7 +128,7 @@ def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
 def verdict_table(results: Results) -> str:
     """In how many problems ours is ahead in every seed, in some, or in none, of each other method."""
     rows = []
-    for other in (*OTHERS, "BMO"):
+    for other in OTHERS:
         row = [other]
         for measure in MEASURES:
             for method in OURS.values():
@@ -167,7 +158,7 @@ def cost_table(results: Results) -> str:
     """Processor time over that of SFT on the same seed, with the default problem."""
     rows = []
     for method in METHODS:
-        seconds, of_sft = (results.values("70 % bad", name, "cpu_seconds") for name in (method, "SFT"))
+        seconds, of_sft = (results.values("70 % bad", name, "cpu_seconds") for name in (method, WORST))
         ratios = [seconds[seed] / of_sft[seed] for seed in seconds if seed in of_sft]
         if ratios:
             rows.append([method, str(len(ratios)), spread([*ratios])])
