@@ -128,12 +128,14 @@ def test_sft_goes_on_from_its_last_checkpoint(files, tmp_path, capsys):
         assert capsys.readouterr().out.count("'validation_loss'") == num_steps
 
 
-def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path):
+def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
     config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
     options = _training_options(files, tmp_path / "out")
     del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
-    _sft("--config", str(config), *options)
+    # All but the other process: the launcher has to tell the options of `datasets` from its own
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda launch: _sft(*launch.training_script_args))
+    assert main(["sft", "--config", str(config), *options]) == 0
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
 
 
