@@ -11,31 +11,53 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback
-
-from trl_bilevel.demo.problem import DemoArguments, Problem
+from trl import SFTTrainer
 
 
 class NotInstalledError(ImportError):
     """The package of a method is missing."""
 
 
+class TrainSFT(Protocol):
+    """Plain SFT, the way a benchmark does it."""
+
+    def __call__(
+        self,
+        rows: Dataset,
+        *,
+        epochs_of: Dataset,
+        num_epochs: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> SFTTrainer:
+        """
+        Train on `rows` for as many steps as `num_epochs` over `epochs_of` take, the benchmark's number of them by
+        default. Returns the trainer, trained.
+        """
+        ...
+
+
 class Context(NamedTuple):
     """What a ranking is made from."""
 
-    args: DemoArguments
-    problem: Problem
+    faulty: Dataset
+    """The rows to rank, N, with the columns `prompt` and `completion`."""
+    trusted: Dataset
+    seed: int
     earlier_scores: dict[str, np.ndarray]
     """Rankings of the methods that are named in `Alternative.needs`, shape (N,) each."""
-    train_sft: Callable[..., Any]
-    """Plain SFT: `train_sft(args, problem, rows, *callbacks)`, as many steps as the epochs over `problem.faulty`."""
+    train_sft: TrainSFT
+    tokenize: Callable[[Dataset], Dataset]
+    """Rows to the columns `input_ids` and `labels`."""
+    words: Callable[[str], str]
+    """Text to what DSIR's n-grams are made of, separated by spaces."""
 
 
 class Alternative(NamedTuple):
@@ -74,17 +96,17 @@ def _quiet():
         logging.disable(before)
 
 
-def dsir_scores(faulty: Dataset, trusted: Dataset) -> np.ndarray:
-    """
-    DSIR (arXiv 2302.03169): log importance weights of hashed n-grams, shape (N,).
+def characters(text: str) -> str:
+    """For DSIR where all words are different. It lower-cases them, and so cannot see the operation `upper`."""
+    return " ".join(text.replace(" ", "_"))
 
-    The n-grams are of characters, prompt and answer together, since the words of this problem are all different. The
-    package lower-cases them, so that it cannot see the operation `upper`.
-    """
+
+def dsir_scores(faulty: Dataset, trusted: Dataset, words: Callable[[str], str]) -> np.ndarray:
+    """DSIR (arXiv 2302.03169): log importance weights of hashed n-grams of prompt and answer together, shape (N,)."""
     from data_selection import HashedNgramDSIR
 
-    def characters(row: dict[str, str]) -> str:
-        return " ".join((row["prompt"] + row["completion"]).replace(" ", "_"))
+    def parse(row: dict[str, str]) -> str:
+        return words(row["prompt"] + row["completion"])
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         paths = {}
@@ -97,8 +119,8 @@ def dsir_scores(faulty: Dataset, trusted: Dataset) -> np.ndarray:
             [paths["raw"]],
             [paths["target"]],
             cache_dir=str(Path(folder) / "cache"),
-            raw_parse_example_fn=characters,
-            target_parse_example_fn=characters,
+            raw_parse_example_fn=parse,
+            target_parse_example_fn=parse,
             num_proc=1,  # one shard, so that the weights are in the order of the rows
             min_example_length=0,
         )
@@ -107,13 +129,14 @@ def dsir_scores(faulty: Dataset, trusted: Dataset) -> np.ndarray:
         return np.load(dsir.log_importance_weights_dir / "0.npy")
 
 
-def tokenized(rows: Dataset, tokenizer: Any) -> Dataset:
-    """`input_ids` of prompt, answer and end, and `labels` that leave the prompt out; one token per character."""
+def tokenized(rows: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
+    """`input_ids` of prompt, answer and end, the first `max_length`, and `labels` that leave the prompt out."""
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for row in rows:
-        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        prompt_length = len(tokenizer(row["prompt"])["input_ids"])
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"][:max_length]
         columns["input_ids"].append(ids)
-        columns["labels"].append([-100] * len(row["prompt"]) + ids[len(row["prompt"]) :])
+        columns["labels"].append(([-100] * prompt_length + ids[prompt_length:])[:max_length])
     return Dataset.from_dict(columns)
 
 
@@ -198,10 +221,8 @@ def _gradient_influence(context: Context) -> np.ndarray:
     of the trusted rows, at checkpoints of a warm-up run. Not as there: the warm-up is one epoch over all rows, the
     model being too small to learn from 5 % of them; Adam's first moments are left out.
     """
-    problem = context.problem
-    influence = _GradientInfluence(*(tokenized(rows, problem.tokenizer) for rows in (problem.faulty, problem.trusted)))
-    warm_up = DemoArguments(**{**vars(context.args), "num_train_epochs": 1})
-    context.train_sft(warm_up, problem, problem.faulty, influence)
+    influence = _GradientInfluence(context.tokenize(context.faulty), context.tokenize(context.trusted))
+    context.train_sft(context.faulty, epochs_of=context.faulty, num_epochs=1, callbacks=[influence])
     return influence.scores
 
 
@@ -213,22 +234,21 @@ def _confidence(context: Context) -> np.ndarray:
     As cleanlab (arXiv 2210.03920): the smallest label quality among the tokens of the row's answer, by models that
     were trained on the other folds and the trusted rows, for as many epochs as the other methods.
     """
-    problem = context.problem
-    scores = np.zeros(len(problem.faulty))
-    folds = np.random.default_rng(context.args.seed).permutation(len(scores)) % _NUM_FOLDS
+    scores = np.zeros(len(context.faulty))
+    folds = np.random.default_rng(context.seed).permutation(len(scores)) % _NUM_FOLDS
     for fold in range(_NUM_FOLDS):
-        others = problem.faulty.select(np.flatnonzero(folds != fold))
-        rows = concatenate_datasets([others, problem.trusted])
-        model = context.train_sft(context.args, problem._replace(faulty=others), rows).model
-        out_of_fold = problem.faulty.select(np.flatnonzero(folds == fold))
-        scores[folds == fold] = label_quality(model, tokenized(out_of_fold, problem.tokenizer))
+        others = context.faulty.select(np.flatnonzero(folds != fold))
+        rows = concatenate_datasets([others, context.trusted])
+        model = context.train_sft(rows, epochs_of=others).model
+        out_of_fold = context.faulty.select(np.flatnonzero(folds == fold))
+        scores[folds == fold] = label_quality(model, context.tokenize(out_of_fold))
     return scores
 
 
 @torch.no_grad()
 def label_quality(model: Any, rows: Dataset) -> np.ndarray:
     """
-    cleanlab's score of each row's answer, in [0, 1], shape (N,).
+    cleanlab's score of each row's answer, in [0, 1], shape (N,); rows without an answer get the mean of the others.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): predicts the answers; left in eval mode.
@@ -238,14 +258,17 @@ def label_quality(model: Any, rows: Dataset) -> np.ndarray:
 
     model.eval()
     labels, probabilities = [], []
-    for row in rows:
+    has_answer = np.array([set(row) != {-100} for row in rows["labels"]])
+    for row in rows.select(np.flatnonzero(has_answer)):
         ids = torch.tensor([row["input_ids"]])
         is_answer = torch.tensor(row["labels"])[1:] != -100
         predicted = model(input_ids=ids).logits[0, :-1].float().softmax(dim=-1)  # (L - 1, K)
         labels.append(ids[0, 1:][is_answer].tolist())
         probabilities.append(predicted[is_answer].numpy())
     sentence_scores, _ = get_label_quality_scores(labels, probabilities)
-    return sentence_scores
+    scores = np.full(len(rows), np.mean(sentence_scores))
+    scores[has_answer] = sentence_scores
+    return scores
 
 
 SFT_LOSS = "SFT"
@@ -258,7 +281,7 @@ def _loss_difference(context: Context) -> np.ndarray:
 
 ALTERNATIVES: dict[str, Alternative] = {
     "DSIR (data-selection)": Alternative(
-        lambda context: dsir_scores(context.problem.faulty, context.problem.trusted), package="data_selection"
+        lambda context: dsir_scores(context.faulty, context.trusted, context.words), package="data_selection"
     ),
     "gradient influence (bergson)": Alternative(_gradient_influence, package="bergson"),
     "loss of the SFT model": Alternative(lambda context: context.earlier_scores[SFT_LOSS], needs=(SFT_LOSS,)),

@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from alternatives import ALTERNATIVES, Context
+from alternatives import ALTERNATIVES, Context, characters, tokenized
 from datasets import Dataset, concatenate_datasets
 from fault_ablations import ABLATION_OPTIONS, CONSTANT
 from fault_settings import SeedFiles
@@ -40,14 +41,17 @@ SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
     "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
 }
 _LOSS = {"value_function": "none"}
-# Options of the bilevel trainer. The public codes: dense Adam, lambda falling from 1, mean of row means
+PUBLIC_CODES = "dense Adam, as the public codes"
+# That, lambda falling from 1, mean of row means
+PUBLIC_CODES_OPTIONS: dict[str, Any] = {
+    "selector_optimizer": "adam",
+    "validation_weight": 1.0,
+    "validation_weight_decay": 0.03,
+    "loss_normalization": "row",
+}
+# Options of the bilevel trainer
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    "dense Adam, as the public codes": {
-        "selector_optimizer": "adam",
-        "validation_weight": 1.0,
-        "validation_weight_decay": 0.03,
-        "loss_normalization": "row",
-    },
+    PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": _LOSS,
@@ -78,7 +82,7 @@ MAIN_METHODS = (
     "SFT, trusted rows mixed in",
     "SFT on the trusted rows",
     "SFT on the good rows (oracle)",
-    "dense Adam, as the public codes",
+    PUBLIC_CODES,
     "BMO",
     FIRST_ROUND,
     ROUNDS[0],
@@ -175,10 +179,23 @@ def _run_alternative(name: str, args: DemoArguments, problem: Problem, files: Se
     """Another tool's ranking, then plain SFT on the best rows and the trusted ones."""
     tool = ALTERNATIVES[name]
     earlier = {method: np.load(files.scores(method)) for method in tool.needs}
-    scores = tool.rank(Context(args, problem, earlier, train_sft))
+    scores = tool.rank(_context(args, problem, earlier))
     if not np.isfinite(scores).all():
         raise ValueError(f"The ranking of {name!r} has {(~np.isfinite(scores)).sum()} scores that are not finite.")
     return _Run(train_sft(args, problem, _best_and_trusted(problem, scores)).model, scores)
+
+
+def _context(args: DemoArguments, problem: Problem, earlier: dict[str, np.ndarray]) -> Context:
+    def train(
+        rows: Dataset, *, epochs_of: Dataset, num_epochs: int | None = None, callbacks: Sequence[TrainerCallback] = ()
+    ) -> SFTTrainer:
+        changed = replace(args, num_train_epochs=num_epochs or args.num_train_epochs)
+        return train_sft(changed, problem._replace(faulty=epochs_of), rows, *callbacks)
+
+    def tokenize(rows: Dataset) -> Dataset:
+        return tokenized(rows, problem.tokenizer)
+
+    return Context(problem.faulty, problem.trusted, args.seed, earlier, train, tokenize, words=characters)
 
 
 def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alternatives import ALTERNATIVES
-from fault_methods import FIRST_ROUND, ROUNDS, SFT_ROWS
+from fault_methods import FIRST_ROUND, PUBLIC_CODES, ROUNDS, SFT_ROWS
 from fault_settings import SeedFiles, Setting
 from fault_tables import BEST, WORST, spread
 from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ CLOSEST = {
     "oracle": BEST,
 }
 # What BDS is held against: everything that is not told which rows are good
-OTHERS = (*(method for method in SFT_ROWS if method != BEST), "dense Adam, as the public codes", *ALTERNATIVES, "BMO")
+OTHERS = (*(method for method in SFT_ROWS if method != BEST), PUBLIC_CODES, *ALTERNATIVES, "BMO")
 METHODS = (*OTHERS, *OURS.values(), BEST)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4

@@ -8,7 +8,8 @@ that are complied with.
   holds safe answers only: those that comply are planted, a template with steps that say nothing.
 - `tasks`: GSM8K among other tasks again, from a base model with LoRA as in `safety`.
 
-The last two compare all methods at equal steps. Results are written per method: run it again to go on.
+The last two compare all methods at equal steps, the tools of `alternatives.py` among them; those that are not
+installed are left out. Results are written per method: run it again to go on.
 Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question`, `answer`), `alpaca_en_1k.json` and
 `safety_instructions.json` (columns `instruction`, `input`, `output`).
 
@@ -108,7 +109,10 @@ def _print_comparison(console: Console, args: BenchmarkArguments, rows: dict[str
     for key in columns:
         table.add_column(COLUMNS[key])
     for method in METHODS:
-        results = [results[method] for results in per_seed]
+        results = [results[method] for results in per_seed if method in results]
+        if not results:
+            table.add_row(method, "not installed")
+            continue
         table.add_row(method, *(_spread([result[key] for result in results if key in result]) for key in columns))
     console.print(table)
 

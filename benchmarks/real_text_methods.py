@@ -3,16 +3,19 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from alternatives import ALTERNATIVES, SFT_LOSS, TRUSTED_LOSS, Context, tokenized
 from datasets import Dataset, concatenate_datasets
+from fault_methods import PUBLIC_CODES, PUBLIC_CODES_OPTIONS
 from peft import LoraConfig
 from real_text_rows import COMPLIANCE, REFUSAL, Problem, train_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
@@ -91,12 +94,11 @@ def prepare(problem: Problem, folder: Path, max_length: int, num_epochs: int, se
     return Setup(problem, tokenizer, str(base_model), max_length, num_epochs, seed)
 
 
-def _fine_tune(setup: Setup, trainer_class: type, config_class: type, inputs: dict[str, Any], **options: Any) -> Any:
+def _fine_tune(
+    setup: Setup, trainer_class: type, config_class: type, inputs: dict[str, Any], num_steps: int, **options: Any
+) -> Any:
     """LoRA on the base model; the trainer, trained."""
-    steps_per_epoch = -(-len(setup.problem.training) // BATCH_SIZE)
-    config = config_class(
-        **setup.options("run"), learning_rate=3e-3, max_steps=setup.num_epochs * steps_per_epoch, **options
-    )
+    config = config_class(**setup.options("run"), learning_rate=3e-3, max_steps=num_steps, **options)
     trainer = trainer_class(
         setup.base_model,
         config,
@@ -109,14 +111,28 @@ def _fine_tune(setup: Setup, trainer_class: type, config_class: type, inputs: di
     return trainer
 
 
-def _sft(setup: Setup, rows: Dataset) -> Any:
-    return _fine_tune(setup, SFTTrainer, SFTConfig, {"train_dataset": rows})
+def _num_steps(rows: Dataset, num_epochs: int) -> int:
+    return num_epochs * -(-len(rows) // BATCH_SIZE)
+
+
+def _sft(
+    setup: Setup,
+    rows: Dataset,
+    *,
+    epochs_of: Dataset | None = None,
+    num_epochs: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Any:
+    """As many steps as `num_epochs` over `epochs_of` take, by default those of all methods."""
+    num_steps = _num_steps(epochs_of or setup.problem.training, num_epochs or setup.num_epochs)
+    return _fine_tune(setup, SFTTrainer, SFTConfig, {"train_dataset": rows, "callbacks": [*callbacks]}, num_steps)
 
 
 def _bilevel(setup: Setup, **options: Any) -> Any:
     inputs = {"train_dataset": setup.problem.training, "validation_dataset": setup.problem.trusted}
     options["per_device_validation_batch_size"] = min(BATCH_SIZE, len(setup.problem.trusted))
-    return _fine_tune(setup, BilevelSFTTrainer, BilevelSFTConfig, inputs, **options)
+    num_steps = _num_steps(setup.problem.training, setup.num_epochs)
+    return _fine_tune(setup, BilevelSFTTrainer, BilevelSFTConfig, inputs, num_steps, **options)
 
 
 def losses(trainer: Any, rows: Dataset) -> np.ndarray:
@@ -125,23 +141,23 @@ def losses(trainer: Any, rows: Dataset) -> np.ndarray:
     return np.where(np.isnan(found), np.nanmean(found), found)
 
 
-SFT, TRUSTED = "SFT on all rows", "SFT on the trusted rows"
-MIXING, ORACLE = "direct mixing", "SFT on the good rows (oracle)"
-DIFFERENCE, DEFAULTS = "loss difference", "BDS (all defaults)"
+MIXING, ORACLE = "SFT, trusted rows mixed in", "SFT on the good rows (oracle)"
+DEFAULTS = "BDS (all defaults)"
 SECOND_ROUND = "second round: SFT on trusted and kept rows"
 SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
-    SFT: lambda problem: problem.training,
-    TRUSTED: lambda problem: problem.trusted,
+    SFT_LOSS: lambda problem: problem.training,
     MIXING: lambda problem: concatenate_datasets([problem.training, problem.trusted]),
+    TRUSTED_LOSS: lambda problem: problem.trusted,
     ORACLE: lambda problem: problem.training.select(np.flatnonzero(problem.good)),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
+    PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": {"value_function": "none"},
     "BDS, constant lambda": {"adaptive_validation_weight": False},
     DEFAULTS: {},
 }
-METHODS = (*SFT_ROWS, DIFFERENCE, *BILEVEL_OPTIONS, SECOND_ROUND)
+METHODS = (*SFT_ROWS, *ALTERNATIVES, *BILEVEL_OPTIONS, SECOND_ROUND)
 """In an order in which what a method builds on comes before it."""
 
 
@@ -155,13 +171,15 @@ def run_missing(setup: Setup, folder: Path, on_progress: Callable[[str], None]) 
         on_progress (`Callable`): called with the name of each method before it runs.
 
     Returns:
-        `dict`: measures by method. `seconds` are those of training, and of ranking where it takes a pass over the
-        rows, without what a method builds on.
+        `dict`: measures by method, none of a method whose package is missing. `seconds` are those of training, and of
+        ranking where it takes a pass over the rows, without what a method builds on.
     """
     results: dict[str, dict[str, float]] = {}
     for name in METHODS:
         path, ranking_path = (folder / f"{name.replace(':', ',')}.{suffix}" for suffix in ("json", "npy"))
         if not path.is_file():
+            if name in ALTERNATIVES and not ALTERNATIVES[name].is_installed:
+                continue
             on_progress(name)
             started = time.perf_counter()
             trainer, ranking = _train(name, setup, folder)
@@ -170,7 +188,7 @@ def run_missing(setup: Setup, folder: Path, on_progress: Callable[[str], None]) 
             result["kept_good"] = precision_among_kept(ranking, setup.problem.good)
             np.save(ranking_path, ranking)
             text = json.dumps(result)
-            write_whole(path, lambda partial, text=text: partial.write_text(text))
+            write_whole(path, lambda unfinished, text=text: unfinished.write_text(text))
         results[name] = json.loads(path.read_text())
     return results
 
@@ -185,13 +203,27 @@ def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
         trainer = _sft(setup, SFT_ROWS[name](problem))
         return trainer, -losses(trainer, problem.training)
     # SFT on the best rows of a ranking, as many as there are good ones, and the trusted ones
-    if name == DIFFERENCE:
-        ranking = np.load(folder / f"{TRUSTED}.npy") - np.load(folder / f"{SFT}.npy")
-    else:
+    if name == SECOND_ROUND:
         ranking = np.load(folder / f"{DEFAULTS}.npy")
+    else:
+        ranking = ALTERNATIVES[name].rank(_context(name, setup, folder))
     kept = np.sort(np.argsort(-ranking, kind="stable")[: problem.good.sum()])
     trainer = _sft(setup, concatenate_datasets([problem.training.select(kept), problem.trusted]))
-    return trainer, ranking if name == DIFFERENCE else -losses(trainer, problem.training)
+    return trainer, -losses(trainer, problem.training) if name == SECOND_ROUND else ranking
+
+
+def _context(name: str, setup: Setup, folder: Path) -> Context:
+    """What another tool ranks by."""
+    problem = setup.problem
+    return Context(
+        faulty=problem.training,
+        trusted=problem.trusted,
+        seed=setup.seed,
+        earlier_scores={earlier: np.load(folder / f"{earlier}.npy") for earlier in ALTERNATIVES[name].needs},
+        train_sft=partial(_sft, setup),
+        tokenize=partial(tokenized, tokenizer=setup.tokenizer, max_length=setup.max_length),
+        words=str,
+    )
 
 
 def _measure(trainer: Any, setup: Setup) -> dict[str, float]:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,7 @@ def test_real_text(real_text, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*also in `validation_dataset`")  # one answer is most of so few rows
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of bergson
 def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys, monkeypatch):
     output_dir = tmp_path / "out"
     args = real_text.BenchmarkArguments(
@@ -172,7 +174,11 @@ def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys
     monkeypatch.setattr(methods, "BATCH_SIZE", 16)
     real_text.main(args)
     printed = capsys.readouterr().out
-    assert all(printed.count(f"safety, seed 0: {method}\n") == 1 for method in methods.METHODS)
+    missing = {name for name, tool in methods.ALTERNATIVES.items() if not tool.is_installed}
+    for method in methods.METHODS:
+        assert printed.count(f"safety, seed 0: {method}\n") == (method not in missing), method
+        (row,) = [line for line in printed.splitlines() if re.match(f"│ {re.escape(method)} +│", line)]
+        assert ("not installed" in row) == (method in missing)
     for file in output_dir.rglob("*.json"):
         if file.parent.name == "seed0":
             result = json.loads(file.read_text())
@@ -180,8 +186,7 @@ def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys
             assert result["held_out_loss"] > 0
             assert {"complied", "refused", "over_refused"} <= result.keys()
     rankings = {file.stem: np.load(file) for file in (output_dir / "safety, 1 epochs of 96 tokens").rglob("*.npy")}
-    expected = rankings[methods.TRUSTED] - rankings[methods.SFT]
-    np.testing.assert_allclose(rankings[methods.DIFFERENCE], expected)
+    np.testing.assert_allclose(rankings["loss difference"], rankings["SFT on the trusted rows"] - rankings["SFT"])
     real_text.main(args)
     assert "seed 0:" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="Unknown settings"):

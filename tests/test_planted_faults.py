@@ -130,7 +130,7 @@ def test_dsir_prefers_rows_with_the_trusted_rows_ngrams():
     alternatives = _load("alternatives")
     faulty = Dataset.from_dict({"prompt": ["last zz =", "last ab =", "last yy ="], "completion": [" z", " b", " y"]})
     trusted = Dataset.from_dict({"prompt": ["last ab =", "last abab ="], "completion": [" b", " b"]})
-    scores = alternatives.dsir_scores(faulty, trusted)
+    scores = alternatives.dsir_scores(faulty, trusted, alternatives.characters)
     assert scores.argmax() == 1
     # The other two differ by a letter that the trusted rows do not have: as unlikely as each other
     assert scores[0] == pytest.approx(scores[2])
