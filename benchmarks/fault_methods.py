@@ -74,7 +74,11 @@ REFINED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Another round with what a first run learned
 FIRST_ROUND = "BDS (all defaults)"
-ROUNDS = ("second round: SFT on trusted and kept rows", "second round: BDS, from the first's weights")
+ROUNDS = (
+    "second round: SFT on trusted and kept rows",  # as many as there are good ones, as the alternatives are told
+    "second round: SFT on trusted and proved rows",  # those that proved good, which nobody has to know
+    "second round: BDS, from the first's weights",
+)
 METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS, *ALTERNATIVES)
 # What the sweeps run by default: the baselines, the public codes, ours, and the rankings that come closest
 MAIN_METHODS = (
@@ -128,7 +132,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     if name in ALTERNATIVES:
         ALTERNATIVES[name].require()
         run = _run_alternative(name, args, problem, files)
-    elif name in SFT_ROWS or name == ROUNDS[0]:
+    elif name in SFT_ROWS or name in ROUNDS[:2]:
         run = _run_sft(name, args, problem, files)
     else:
         run = _run_bilevel(name, args, problem, files)
@@ -143,6 +147,9 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
         result |= _measure_bilevel(run.trainer, problem)
     elif name in ALTERNATIVES or name == ROUNDS[0]:
         result["kept_questions"] = good.mean()
+    elif name == ROUNDS[1]:
+        proved = DataSelector.from_pretrained(files.first_round).proved_good.numpy()
+        result |= {"kept_questions": proved.mean(), "kept_right": (proved & good).mean()}
     result = {key: float(value) for key, value in result.items()}
     files.write_result(name, result, run.scores)
     return result
@@ -161,17 +168,19 @@ def train_sft(args: DemoArguments, problem: Problem, rows: Dataset, *callbacks: 
 
 
 def _run_sft(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    if name == ROUNDS[0]:
-        rows = _best_and_trusted(problem, DataSelector.from_pretrained(files.first_round).logits.numpy())
+    if name in ROUNDS:
+        selector = DataSelector.from_pretrained(files.first_round)
+        num_kept = None if name == ROUNDS[0] else int(selector.proved_good.sum())
+        rows = _best_and_trusted(problem, selector.logits.numpy(), num_kept)
     else:
         rows = SFT_ROWS[name](problem, args.seed)
     model = train_sft(args, problem, rows).model
     return _Run(model, -completion_losses(model, problem.tokenizer, problem.faulty))
 
 
-def _best_and_trusted(problem: Problem, scores: np.ndarray) -> Dataset:
-    """The best rows, as many as there are good ones, and the trusted rows."""
-    best = np.argsort(-scores, kind="stable")[: good_rows(problem).sum()]
+def _best_and_trusted(problem: Problem, scores: np.ndarray, num_kept: int | None = None) -> Dataset:
+    """The best rows, by default as many as there are good ones, and the trusted rows."""
+    best = np.argsort(-scores, kind="stable")[: good_rows(problem).sum() if num_kept is None else num_kept]
     return concatenate_datasets([problem.faulty.select(np.sort(best)), problem.trusted])
 
 
@@ -199,7 +208,7 @@ def _context(args: DemoArguments, problem: Problem, earlier: dict[str, np.ndarra
 
 
 def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, ROUNDS[1]: {}}[name]
+    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, ROUNDS[2]: {}}[name]
     num_trusted = min(options.get("batch_size", BATCH_SIZE), len(problem.trusted))
     trainer = fine_tune(
         BilevelSFTTrainer,
@@ -209,7 +218,7 @@ def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFi
         lambda share: None,
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
-        data_selector=DataSelector.from_pretrained(files.first_round) if name == ROUNDS[1] else None,
+        data_selector=DataSelector.from_pretrained(files.first_round) if name == ROUNDS[2] else None,
         amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
         **{"per_device_validation_batch_size": num_trusted, **options},
     )

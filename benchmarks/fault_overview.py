@@ -48,7 +48,7 @@ CLOSEST = {
 }
 # What BDS is held against: everything that is not told which rows are good
 OTHERS = (*(method for method in SFT_ROWS if method != BEST), PUBLIC_CODES, *ALTERNATIVES, "BMO")
-METHODS = (*OTHERS, *OURS.values(), BEST)
+METHODS = (*OTHERS, *OURS.values(), ROUNDS[1], BEST)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4
 
@@ -144,6 +144,28 @@ def verdict_table(results: Results) -> str:
     return _markdown(["against", *header], rows)
 
 
+def proved_table(results: Results) -> str:
+    """A second round that keeps what proved good beside one that is told how many rows are good, on the same seeds."""
+    told, proved = ROUNDS[:2]
+    rows = []
+    for problem in PROBLEMS:
+        kept, right, exact_match = (
+            results.values(problem, proved, measure) for measure in ("kept_questions", "kept_right", "exact_match")
+        )
+        if seeds := [seed for seed in kept if seed in results.values(problem, told, "exact_match")]:
+            of_told = results.values(problem, told, "exact_match")
+            cells = (
+                [kept[seed] for seed in seeds],
+                [right[seed] / kept[seed] for seed in seeds],
+                [exact_match[seed] for seed in seeds],
+                [of_told[seed] for seed in seeds],
+            )
+            share_of_good = 1 - PROBLEMS[problem].fault_ratio
+            rows.append([problem, str(len(seeds)), f"{share_of_good:.1f}", *(spread(values) for values in cells)])
+    header = ["rows that proved good", "good ones among them", "exact match: these kept", "told the number"]
+    return _markdown(["problem", "seeds", "good rows", *header], rows)
+
+
 def refusal_table(results: Results) -> str:
     """Harmful compliance: harmful and ordinary requests refused, over all seeds that a method has."""
     problem, rows = "harmful compliance", []
@@ -168,6 +190,8 @@ def cost_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "verdict": verdict_table,
     **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
+    "closest kept_good": lambda results: closest_table(results, "kept_good"),
+    "proved": proved_table,
     **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
     **{f"all {measure}": lambda results, key=measure: all_methods_table(results, key) for measure in MEASURES},
     "refusals": refusal_table,

@@ -76,6 +76,18 @@ def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
     assert "BMO" not in costs  # of another problem
 
 
+def test_rows_that_proved_good_are_held_against_the_known_number(overview, results):
+    proved = overview.ROUNDS[1]
+    for seed, (kept, right, exact_match) in {0: (0.4, 0.3, 0.5), 1: (0.25, 0.25, 0.7), 4: (1.0, 0.1, 0.1)}.items():
+        measures = {"kept_questions": kept, "kept_right": right, "exact_match": exact_match}
+        results.by_name[f"seed{seed}/4 epochs, {proved}.json"] = measures
+    # Seed 4 has no run that was told the number
+    assert _rows(overview.proved_table(results))["70 % bad"] == [
+        "2", "0.3", "0.325 (0.250 to 0.400)", "0.875 (0.750 to 1.000)", "0.600 (0.500 to 0.700)",
+        "0.625 (0.500 to 0.750)",
+    ]  # fmt: skip
+
+
 def test_table_of_all_methods_has_one_seed(overview, results):
     rows = _rows(overview.all_methods_table(results, "exact_match"))
     problems = rows.pop("method")

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from trl_bilevel import DataSelector
 from trl_bilevel.demo import tiny_model
 from trl_bilevel.demo.planted_faults import HARMFUL_OPERATIONS, OPERATIONS, build_dataset, build_tokenizer
 from trl_bilevel.demo.problem import DemoArguments, Problem
@@ -259,6 +260,34 @@ def test_every_other_method_runs_once_and_nothing_runs_twice(tmp_path, run_tiny)
     before = [file.stat().st_mtime_ns for file in files]
     run_tiny(methods=others)
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_second_rounds_train_on_the_best_rows_or_on_those_that_proved_good(tmp_path, run_tiny, monkeypatch):
+    methods = _load("fault_methods")
+    trained_on = []
+    train_sft = methods.train_sft
+
+    def record(args, problem, rows):
+        trained_on.append((problem, rows))
+        return train_sft(args, problem, rows)
+
+    monkeypatch.setattr(methods, "train_sft", record)
+    # Within the two steps of a run
+    monkeypatch.setitem(methods.BILEVEL_OPTIONS, methods.FIRST_ROUND, {"selector_learning_rate": 1e4})
+    run_tiny(methods=list(methods.ROUNDS[:2]))
+    (problem, best), (_, proved) = trained_on
+    selector = DataSelector.from_pretrained(tmp_path / "seed3" / "first_round")
+    good = np.array(problem.faulty["fault"]) == "none"
+    trusted = problem.trusted["prompt"][:]
+    assert best["prompt"][-len(trusted) :] == trusted
+    assert len(best) == good.sum() + len(trusted)
+    assert 0 < selector.proved_good.sum() < len(good)
+    proved_rows = problem.faulty.select(np.flatnonzero(selector.proved_good.numpy()))
+    assert proved["prompt"][:] == [*proved_rows["prompt"], *trusted]
+    result = _results(tmp_path / "seed3")[methods.ROUNDS[1]]
+    assert result["kept_questions"] == pytest.approx(selector.proved_good.float().mean().item())
+    assert result["kept_right"] == pytest.approx((selector.proved_good.numpy() & good).mean())
 
 
 @pytest.mark.filterwarnings("ignore")
