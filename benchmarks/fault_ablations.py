@@ -15,9 +15,11 @@ from rich.table import Table
 # One option at a time: lambda must not follow what the option does to the rows
 CONSTANT: dict[str, Any] = {"adaptive_validation_weight": False}
 _BDS, _BMO, _NO_VALUE_FUNCTION = "BDS, constant lambda", "BMO", "BDS, no value function"
-_LOSS = {"value_function": "none"}
-# Greedy answers, in each of five refreshes those of the 30 % of the rows of the lowest weight
-_REFINED = {**CONSTANT, "refine_ratio": 0.3, "refine_max_new_tokens": 16}
+BY_THE_LOSS: dict[str, Any] = {"value_function": "none"}
+# Answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the rows of the lowest
+# weight
+GREEDY_ANSWERS: dict[str, Any] = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
+_REFINED = {**CONSTANT, **GREEDY_ANSWERS}
 REFINED = "BDS, refined: lowest weight"
 
 # Runs that differ from a method of the benchmark in one option. `batch_size` is that of training and trusted rows
@@ -39,12 +41,12 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "batches of 64": {**CONSTANT, "batch_size": 64},
     "8 trusted rows in a batch": {**CONSTANT, "per_device_validation_batch_size": 8},
     "64 trusted rows in a batch": {**CONSTANT, "per_device_validation_batch_size": 64},
-    "loss: lambda 0.5": {**_LOSS, "validation_weight": 0.5},
-    "loss: lambda 1.0, 0.8, 0.6, 0.4": {**_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
-    "loss: step 0.3": {**_LOSS, "selector_learning_rate": 0.3},
-    "loss: step 3": {**_LOSS, "selector_learning_rate": 3.0},
-    "loss: half of each batch filtered": {**_LOSS, "filter_ratio": 0.5},
-    "loss: sigmoid weights": {**_LOSS, "selector_activation": "sigmoid"},
+    "loss: lambda 0.5": {**BY_THE_LOSS, "validation_weight": 0.5},
+    "loss: lambda 1.0, 0.8, 0.6, 0.4": {**BY_THE_LOSS, "validation_weight": 1.0, "validation_weight_decay": 0.2},
+    "loss: step 0.3": {**BY_THE_LOSS, "selector_learning_rate": 0.3},
+    "loss: step 3": {**BY_THE_LOSS, "selector_learning_rate": 3.0},
+    "loss: half of each batch filtered": {**BY_THE_LOSS, "filter_ratio": 0.5},
+    "loss: sigmoid weights": {**BY_THE_LOSS, "selector_activation": "sigmoid"},
     "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
     "refined: 10 %": {**_REFINED, "refine_ratio": 0.1},
     "refined: 60 %": {**_REFINED, "refine_ratio": 0.6},

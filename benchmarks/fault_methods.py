@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from alternatives import ALTERNATIVES, Context, characters, tokenized
 from datasets import Dataset, concatenate_datasets
-from fault_ablations import ABLATION_OPTIONS, CONSTANT
+from fault_ablations import ABLATION_OPTIONS, BY_THE_LOSS, CONSTANT, GREEDY_ANSWERS
 from fault_settings import SeedFiles
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -40,7 +40,6 @@ SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
     "SFT on random rows": _random_rows,
     "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
 }
-_LOSS = {"value_function": "none"}
 PUBLIC_CODES = "dense Adam, as the public codes"
 # That, lambda falling from 1, mean of row means
 PUBLIC_CODES_OPTIONS: dict[str, Any] = {
@@ -54,22 +53,20 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
     "BMO": {"selection_method": "bmo"},
-    "BDS, no value function": _LOSS,
+    "BDS, no value function": BY_THE_LOSS,
     "BDS (all defaults)": {},
     "BDS, constant lambda": CONSTANT,
     "BDS, value function on all rows": {**CONSTANT, "value_function_rows": "all"},
     "BDS, value function on selected rows": {**CONSTANT, "value_function_rows": "selected"},
 }
-# The same runs with answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the
-# rows of the lowest weight, or of a fixed random 60 %
-_REFINED = {"refine_ratio": 0.3, "refine_max_new_tokens": 16}
-_LOWEST = {**CONSTANT, **_REFINED}
-_RANDOM = {**CONSTANT, "refine_ratio": 0.6, "refine_max_new_tokens": 16, "refine_mode": "random"}
+# The same runs with answers that the model writes anew, of the rows of the lowest weight or of a fixed random 60 %
+_LOWEST = {**CONSTANT, **GREEDY_ANSWERS}
+_RANDOM = {**_LOWEST, "refine_ratio": 0.6, "refine_mode": "random"}
 REFINED_OPTIONS: dict[str, dict[str, Any]] = {
     "BDS, refined: lowest weight": _LOWEST,
     "BDS, refined: random": _RANDOM,
-    "BDS (all defaults), refined: lowest weight": _REFINED,
-    "BMO, refined: lowest weight": {"selection_method": "bmo", **_REFINED},
+    "BDS (all defaults), refined: lowest weight": GREEDY_ANSWERS,
+    "BMO, refined: lowest weight": {"selection_method": "bmo", **GREEDY_ANSWERS},
     "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
 }
 # Another round with what a first run learned
