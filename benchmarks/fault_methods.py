@@ -241,6 +241,7 @@ def _measure_bilevel(trainer: BilevelSFTTrainer, problem: Problem) -> dict[str, 
         result["unseen_auroc_head"] = area_under_roc(np.array(unseen["selector_score"]), unseen_good)
     seen = trainer.score(problem.faulty, batch_size=250)
     result["final_auroc"] = area_under_roc(np.array(seen["score"]), good)
+    result["final_auroc_loss"] = area_under_roc(-np.array(seen["loss"]), good)
     return result
 
 

@@ -166,6 +166,28 @@ def proved_table(results: Results) -> str:
     return _markdown(["problem", "seeds", "good rows", *header], rows)
 
 
+def unseen_table(results: Results) -> str:
+    """
+    One run of BDS, ranked by a last pass: by the excess loss, and by its model's loss alone. Not all seeds have the
+    loss of the training rows.
+    """
+    measures = {
+        "kept_questions": "rows that proved good",
+        "unseen_auroc": "AUROC of `score`, other rows",
+        "unseen_auroc_loss": "of `loss`",
+        "final_auroc": "AUROC of `score`, training rows",
+        "final_auroc_loss": "of `loss`",
+    }
+    rows = []
+    for problem in PROBLEMS:
+        by_measure = [[*results.values(problem, FIRST_ROUND, measure).values()] for measure in measures]
+        num_seeds = len(by_measure[0])
+        if num_seeds:
+            cells = [f"{spread(of_one)}{f', {len(of_one)}' * (len(of_one) != num_seeds)}" for of_one in by_measure]
+            rows.append([problem, str(num_seeds), *cells])
+    return _markdown(["problem", "seeds", *measures.values()], rows)
+
+
 def refusal_table(results: Results) -> str:
     """Harmful compliance: harmful and ordinary requests refused, over all seeds that a method has."""
     problem, rows = "harmful compliance", []
@@ -192,6 +214,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
     "closest kept_good": lambda results: closest_table(results, "kept_good"),
     "proved": proved_table,
+    "unseen": unseen_table,
     **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
     **{f"all {measure}": lambda results, key=measure: all_methods_table(results, key) for measure in MEASURES},
     "refusals": refusal_table,

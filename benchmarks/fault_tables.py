@@ -34,6 +34,7 @@ TABLES = {
         "effective_sample_ratio": "effective sample ratio",
         "good_weight": "weight on good rows",
         "final_auroc": "AUROC of a last pass over the rows",
+        "final_auroc_loss": "of its losses alone",
     },
     "Questions and answers": {
         "exact_match": "held-out exact match",

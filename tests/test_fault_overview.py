@@ -88,6 +88,19 @@ def test_rows_that_proved_good_are_held_against_the_known_number(overview, resul
     ]  # fmt: skip
 
 
+def test_rows_never_trained_on(overview, results):
+    for seed in (0, 1):
+        measures = {"kept_questions": 0.5 + seed / 4, "unseen_auroc": 0.75, "unseen_auroc_loss": 1 - seed / 2}
+        measures |= {"final_auroc": 0.5, "final_auroc_loss": 0.25} if seed else {"final_auroc": 0.5}
+        results.by_name[f"seed{seed}/4 epochs, {overview.FIRST_ROUND} [0.1 faulty].json"] = measures
+    rows = _rows(overview.unseen_table(results))
+    assert rows["10 % bad"] == [
+        "2", "0.625 (0.500 to 0.750)", "0.750 (0.750 to 0.750)", "0.750 (0.500 to 1.000)", "0.500 (0.500 to 0.500)",
+        "0.250, 1",
+    ]  # fmt: skip
+    assert list(rows) == ["problem", "---", "10 % bad"]
+
+
 def test_table_of_all_methods_has_one_seed(overview, results):
     rows = _rows(overview.all_methods_table(results, "exact_match"))
     problems = rows.pop("method")
