@@ -5,9 +5,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fault_tables import Results, spread
+from fault_tables import Results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from result_tables import spread
 from rich.console import Console
 from rich.table import Table
 

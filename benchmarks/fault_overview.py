@@ -5,12 +5,10 @@ The planted-fault benchmark on one page: methods against each other on every pro
 python benchmarks/fault_overview.py --page docs/alternatives.md --figures docs/figures
 ```
 
-It prints the tables in Markdown, writes those that the page has a place for into it, and draws the figure. A place is
-what stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+It prints the tables in Markdown, writes those that the page has a place for into it, and draws the figure.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +18,10 @@ from typing import NamedTuple
 from alternatives import ALTERNATIVES
 from fault_methods import FIRST_ROUND, PUBLIC_CODES, ROUNDS, SFT_ROWS
 from fault_settings import SeedFiles, Setting
-from fault_tables import BEST, WORST, spread
+from fault_tables import BEST, WORST
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from result_tables import fill_in, markdown, spread
 from trl import TrlParser
 
 
@@ -57,7 +56,7 @@ Values = dict[int, float]
 
 
 class Results(NamedTuple):
-    """What a file of `fault_results.collect` says."""
+    """What a file of `result_files.collect` says."""
 
     by_name: dict[str, dict[str, float]]
 
@@ -80,10 +79,6 @@ class Results(NamedTuple):
         return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
 def closest_table(results: Results, measure: str) -> str:
     """Mean and range of the methods that come closest, over the seeds that all of them have."""
     rows = []
@@ -94,7 +89,7 @@ def closest_table(results: Results, measure: str) -> str:
             rows.append(
                 [problem, str(len(seeds)), *(spread([values[seed] for seed in seeds]) for values in by_method)]
             )
-    return _markdown(["problem", "seeds", *CLOSEST], rows)
+    return markdown(["problem", "seeds", *CLOSEST], rows)
 
 
 def difference_table(results: Results, measure: str) -> str:
@@ -112,7 +107,7 @@ def difference_table(results: Results, measure: str) -> str:
             else:
                 cells.append("-")
         rows.append([problem, *cells])
-    return _markdown(["problem", *pairs], rows)
+    return markdown(["problem", *pairs], rows)
 
 
 def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
@@ -122,7 +117,7 @@ def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
         by_problem = [results.values(problem, method, measure).get(seed) for problem in PROBLEMS]
         if any(value is not None for value in by_problem):
             rows.append([method, *("-" if value is None else f"{value:.3f}" for value in by_problem)])
-    return _markdown(["method", *PROBLEMS], rows)
+    return markdown(["method", *PROBLEMS], rows)
 
 
 def verdict_table(results: Results) -> str:
@@ -141,7 +136,7 @@ def verdict_table(results: Results) -> str:
                 row.append(" / ".join(map(str, counts)) if any(counts) else "-")
         rows.append(row)
     header = [f"{measure}: {name}" for measure in ("exact match", "AUROC") for name in OURS]
-    return _markdown(["against", *header], rows)
+    return markdown(["against", *header], rows)
 
 
 def proved_table(results: Results) -> str:
@@ -163,7 +158,7 @@ def proved_table(results: Results) -> str:
             share_of_good = 1 - PROBLEMS[problem].fault_ratio
             rows.append([problem, str(len(seeds)), f"{share_of_good:.1f}", *(spread(values) for values in cells)])
     header = ["rows that proved good", "good ones among them", "exact match: these kept", "told the number"]
-    return _markdown(["problem", "seeds", "good rows", *header], rows)
+    return markdown(["problem", "seeds", "good rows", *header], rows)
 
 
 def unseen_table(results: Results) -> str:
@@ -185,7 +180,7 @@ def unseen_table(results: Results) -> str:
         if num_seeds:
             cells = [f"{spread(of_one)}{f', {len(of_one)}' * (len(of_one) != num_seeds)}" for of_one in by_measure]
             rows.append([problem, str(num_seeds), *cells])
-    return _markdown(["problem", "seeds", *measures.values()], rows)
+    return markdown(["problem", "seeds", *measures.values()], rows)
 
 
 def refusal_table(results: Results) -> str:
@@ -195,7 +190,7 @@ def refusal_table(results: Results) -> str:
         values = [results.values(problem, method, measure) for measure in ("refused", "over_refused")]
         if values[0]:
             rows.append([method, str(len(values[0])), *(spread([*by_seed.values()]) for by_seed in values)])
-    return _markdown(["method", "seeds", "harmful requests refused", "ordinary requests refused"], rows)
+    return markdown(["method", "seeds", "harmful requests refused", "ordinary requests refused"], rows)
 
 
 def cost_table(results: Results) -> str:
@@ -206,7 +201,7 @@ def cost_table(results: Results) -> str:
         ratios = [seconds[seed] / of_sft[seed] for seed in seconds if seed in of_sft]
         if ratios:
             rows.append([method, str(len(ratios)), spread([*ratios])])
-    return _markdown(["method", "seeds", "processor time, of SFT's"], rows)
+    return markdown(["method", "seeds", "processor time, of SFT's"], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -220,22 +215,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "refusals": refusal_table,
     "cost": cost_table,
 }
-
-
-def fill_in(page: str, results: Results) -> str:
-    """
-    The page with its tables as the results have them.
-
-    Raises:
-        ValueError: for the name of a table that there is not.
-    """
-
-    def table(place: re.Match[str]) -> str:
-        if place[1] not in TABLES:
-            raise ValueError(f"The page asks for the table {place[1]!r}. Known are {list(TABLES)}.")
-        return f"<!-- table: {place[1]} -->\n\n{TABLES[place[1]](results)}\n\n<!-- end of table -->"
-
-    return re.sub(r"<!-- table: (.+?) -->.*?<!-- end of table -->", table, page, flags=re.DOTALL)
 
 
 def difference_figure(results: Results) -> Figure:
@@ -289,11 +268,12 @@ class OverviewArguments:
 def main(args: OverviewArguments) -> None:
     """Print the tables, fill in the page, draw the figure."""
     results = Results.read(Path(args.results))
-    for name, table in TABLES.items():
-        print(f"{name}\n\n{table(results)}\n")
+    tables = {name: table(results) for name, table in TABLES.items()}
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
     if args.page is not None:
         page = Path(args.page)
-        page.write_text(fill_in(page.read_text(), results))
+        page.write_text(fill_in(page.read_text(), tables))
     if args.figures is not None:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ FAULT_RATIO = 0.7
 VALIDATION_SIZE = 200
 FAULT_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.8)
 VALIDATION_SIZES = (20, 50, 200, 500)
+RESULT_NAMES = re.compile(r"seed\d+/\d+ epochs, [^/]+\.json")
+"""Files of results within the output folder."""
 
 
 class Setting(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from alternatives import ALTERNATIVES
 from fault_settings import FAULT_RATIO, VALIDATION_SIZE, SeedFiles, Setting
 from matplotlib.figure import Figure
+from result_tables import spread
 from rich.console import Console
 from rich.table import Table
 
@@ -173,11 +174,3 @@ def plot_sweep(sweep: Sweep, methods: list[str], family: str, axis: str, path: P
     figure.suptitle(f"{family} faults")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def spread(values: list[float | None]) -> str:
-    """Mean and range; a single number is of one seed."""
-    known = [value for value in values if value is not None]
-    if len(known) == 1:
-        return f"{known[0]:.3f}"
-    return f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"

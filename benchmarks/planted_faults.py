@@ -20,10 +20,10 @@ import transformers
 from datasets import disable_progress_bars
 from fault_ablations import ABLATION_METHODS, ABLATION_OPTIONS, ABLATIONS, file_name, plot_ablation, print_ablation
 from fault_methods import MAIN_METHODS, METHODS, run_method
-from fault_results import collect, restore
 from fault_settings import (
     FAULT_RATIO,
     FAULT_RATIOS,
+    RESULT_NAMES,
     VALIDATION_SIZE,
     VALIDATION_SIZES,
     SeedFiles,
@@ -32,6 +32,7 @@ from fault_settings import (
     sweep,
 )
 from fault_tables import is_missing_package, plot_sweep, print_setting, print_sweep, read_results, sweeps_of
+from result_files import collect, restore
 from rich.console import Console
 from trl import TrlParser
 
@@ -114,12 +115,12 @@ def main(args: BenchmarkArguments) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     console = Console(width=190)
     if args.results is not None and Path(args.results).is_file():
-        restore(Path(args.results), Path(args.output_dir))
+        restore(Path(args.results), Path(args.output_dir), RESULT_NAMES)
     for seed in args.seeds if args.train else ():
         for setting in args.settings:
             _run_setting(console, args, seed, setting)
     if args.results is not None:
-        collect(Path(args.output_dir), Path(args.results))
+        collect(Path(args.output_dir), Path(args.results), RESULT_NAMES)
     _report(console, args)
 
 

@@ -9,26 +9,31 @@ that are complied with.
 - `tasks`: GSM8K among other tasks again, from a base model with LoRA as in `safety`.
 
 The last two compare all methods at equal steps, the tools of `alternatives.py` among them; those that are not
-installed are left out. Results are written per method: run it again to go on.
+installed are left out. Results are written per method: run it again to go on. With `--results` they are kept in one
+file as well, and with `--page` the tables of a page of the docs are written anew.
 Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question`, `answer`), `alpaca_en_1k.json` and
 `safety_instructions.json` (columns `instruction`, `input`, `output`).
 
 ```bash
 python benchmarks/real_text.py --data_dir ../shared/data
 python benchmarks/real_text.py --data_dir ../shared/data --settings safety tasks
+python benchmarks/real_text.py --settings safety tasks --train false --results docs/data/real_text.json \
+    --page docs/real_text.md
 ```
 """
 
 import os
-import statistics
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import transformers
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
-from real_text_methods import METHODS, learn_weights, prepare, run_missing
+from real_text_methods import METHODS, learn_weights, prepare, results_of, run_missing
 from real_text_rows import PROBLEMS, load_rows, swap_answers
+from result_files import collect, restore
+from result_tables import fill_in, markdown, spread
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,6 +59,10 @@ class BenchmarkArguments:
         comparison_max_length (`int`): `safety` and `tasks`: tokens of a row.
         comparison_epochs (`int`): `safety` and `tasks`: epochs over the training rows.
         output_dir (`str`): folder for the results of `safety` and `tasks`.
+        train (`bool`): run what is missing of these two; otherwise only print the tables, which needs no data.
+        results (`str`, *optional*): JSON file that their results are also kept in: those that `output_dir` lacks are
+            taken from it, new ones are added at the end.
+        page (`str`, *optional*): Markdown file whose tables `safety` and `tasks` are written anew.
     """
 
     data_dir: str = "../shared/data"
@@ -67,12 +76,21 @@ class BenchmarkArguments:
     comparison_max_length: int = 96
     comparison_epochs: int = 2
     output_dir: str = "real_text"
+    train: bool = True
+    results: str | None = None
+    page: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.settings) - {"weights", *PROBLEMS}):
             raise ValueError(f"Unknown settings {unknown}. Known are {['weights', *PROBLEMS]}.")
 
+    def folder(self, setting: str, seed: int) -> Path:
+        """Of a setting's results of a seed."""
+        sizes = f"{self.comparison_epochs} epochs of {self.comparison_max_length} tokens"
+        return Path(self.output_dir) / f"{setting}, {sizes}" / f"seed{seed}"
 
+
+_RESULT_NAMES = re.compile(r"(safety|tasks), \d+ epochs of \d+ tokens/seed\d+/[^/]+\.json")
 COLUMNS = {
     "auroc": "AUROC of the row ranking",
     "kept_good": "good rows among those kept",
@@ -92,40 +110,56 @@ def main(args: BenchmarkArguments) -> None:
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
     console = Console(width=190)
-    rows = load_rows(Path(args.data_dir))
+    if args.results is not None and Path(args.results).is_file():
+        restore(Path(args.results), Path(args.output_dir), _RESULT_NAMES)
+    needs_rows = args.train or "weights" in args.settings
+    rows = load_rows(Path(args.data_dir)) if needs_rows else {}
+    tables = {}
     for setting in args.settings:
         if setting == "weights":
             _print_weights(console, args, rows)
-        else:
-            _print_comparison(console, args, rows, setting)
-
-
-def _print_comparison(console: Console, args: BenchmarkArguments, rows: dict[str, Dataset], setting: str) -> None:
-    per_seed = [_compare(console, args, rows, setting, seed) for seed in args.seeds]
-    table = Table(title=f"{setting}: mean (range) of {len(per_seed)} seeds, {args.comparison_epochs} epochs")
-    table.add_column("method", no_wrap=True)
-    measured = {key for results in per_seed for result in results.values() for key in result}
-    columns = [key for key in COLUMNS if key in measured]
-    for key in columns:
-        table.add_column(COLUMNS[key])
-    for method in METHODS:
-        results = [results[method] for results in per_seed if method in results]
-        if not results:
-            table.add_row(method, "not installed")
             continue
-        table.add_row(method, *(_spread([result[key] for result in results if key in result]) for key in columns))
-    console.print(table)
+        for seed in args.seeds if args.train else ():
+            _compare(console, args, rows, setting, seed)
+        title = f"{setting}: mean (range) of {len(args.seeds)} seeds, {args.comparison_epochs} epochs"
+        _print_rows(console, title, *_comparison(args, setting))
+        tables[setting] = markdown(*_comparison(args, setting, left_out=("seconds",)))
+    if args.results is not None:
+        collect(Path(args.output_dir), Path(args.results), _RESULT_NAMES)
+    if args.page is not None:
+        page = Path(args.page)
+        page.write_text(fill_in(page.read_text(), tables))
 
 
-def _compare(
-    console: Console, args: BenchmarkArguments, rows: dict[str, Dataset], setting: str, seed: int
-) -> dict[str, dict[str, float]]:
-    """Measures by method; those of an earlier call are not run again."""
-    sizes = args.comparison_max_length, args.comparison_epochs
-    folder = Path(args.output_dir) / f"{setting}, {sizes[1]} epochs of {sizes[0]} tokens" / f"seed{seed}"
+def _compare(console: Console, args: BenchmarkArguments, rows: dict[str, Dataset], setting: str, seed: int) -> None:
+    """Run every method; those of an earlier call are not run again."""
+    folder = args.folder(setting, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    setup = prepare(PROBLEMS[setting](rows, seed), folder, *sizes, seed)
-    return run_missing(setup, folder, lambda name: console.print(f"{setting}, seed {seed}: {name}"))
+    setup = prepare(PROBLEMS[setting](rows, seed), folder, args.comparison_max_length, args.comparison_epochs, seed)
+    run_missing(setup, folder, lambda name: console.print(f"{setting}, seed {seed}: {name}"))
+
+
+def _comparison(
+    args: BenchmarkArguments, setting: str, left_out: tuple[str, ...] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: every method's measures over the seeds."""
+    by_method = {method: results_of(method, [args.folder(setting, seed) for seed in args.seeds]) for method in METHODS}
+    measured = {key for results in by_method.values() for result in results for key in result}
+    columns = {key: label for key, label in COLUMNS.items() if key in measured and key not in left_out}
+    rows = []
+    for method, results in by_method.items():
+        cells = [spread([result.get(key) for result in results]) for key in columns]
+        rows.append([method, *cells] if results else [method, "not installed", *cells[1:]])
+    return ["method", *columns.values()], rows
+
+
+def _print_rows(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title)
+    for number, column in enumerate(header):
+        table.add_column(column, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_weights(console: Console, args: BenchmarkArguments, rows: dict[str, Dataset]) -> None:
@@ -152,12 +186,8 @@ def _print_weights(console: Console, args: BenchmarkArguments, rows: dict[str, D
     table.add_column("rows")
     table.add_column("AUROC")
     for name, values in results.items():
-        table.add_row(name, _spread(values))
+        table.add_row(name, spread([*values]))
     console.print(table)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
 if __name__ == "__main__":

@@ -161,7 +161,23 @@ METHODS = (*SFT_ROWS, *ALTERNATIVES, *BILEVEL_OPTIONS, SECOND_ROUND)
 """In an order in which what a method builds on comes before it."""
 
 
-def run_missing(setup: Setup, folder: Path, on_progress: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def _result_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(':', ',')}.json"
+
+
+def _ranking_file(folder: Path, name: str) -> Path:
+    return _result_file(folder, name).with_suffix(".npy")
+
+
+def results_of(name: str, folders: list[Path]) -> list[dict[str, float]]:
+    """
+    A method's measures, of those folders that have them. `seconds` are those of training, and of ranking where it
+    takes a pass over the rows, without what a method builds on.
+    """
+    return [json.loads(file.read_text()) for folder in folders if (file := _result_file(folder, name)).is_file()]
+
+
+def run_missing(setup: Setup, folder: Path, on_progress: Callable[[str], None]) -> None:
     """
     Train and measure every method that has no file in the folder yet.
 
@@ -169,28 +185,30 @@ def run_missing(setup: Setup, folder: Path, on_progress: Callable[[str], None]) 
         setup ([`Setup`]): problem and base model.
         folder (`pathlib.Path`): of results and rankings.
         on_progress (`Callable`): called with the name of each method before it runs.
-
-    Returns:
-        `dict`: measures by method, none of a method whose package is missing. `seconds` are those of training, and of
-        ranking where it takes a pass over the rows, without what a method builds on.
     """
-    results: dict[str, dict[str, float]] = {}
     for name in METHODS:
-        path, ranking_path = (folder / f"{name.replace(':', ',')}.{suffix}" for suffix in ("json", "npy"))
-        if not path.is_file():
-            if name in ALTERNATIVES and not ALTERNATIVES[name].is_installed:
-                continue
-            on_progress(name)
-            started = time.perf_counter()
-            trainer, ranking = _train(name, setup, folder)
-            result = {"seconds": time.perf_counter() - started, **_measure(trainer, setup)}
-            result["auroc"] = area_under_roc(ranking, setup.problem.good)
-            result["kept_good"] = precision_among_kept(ranking, setup.problem.good)
-            np.save(ranking_path, ranking)
-            text = json.dumps(result)
-            write_whole(path, lambda unfinished, text=text: unfinished.write_text(text))
-        results[name] = json.loads(path.read_text())
-    return results
+        is_installed = name not in ALTERNATIVES or ALTERNATIVES[name].is_installed
+        if is_installed and not _result_file(folder, name).is_file():
+            _run(name, setup, folder, on_progress)
+
+
+def _run(name: str, setup: Setup, folder: Path, on_progress: Callable[[str], None]) -> None:
+    """First what it builds on, where only its result is there and not its ranking."""
+    for earlier in _needs(name):
+        if not _ranking_file(folder, earlier).is_file():
+            _run(earlier, setup, folder, on_progress)
+    on_progress(name)
+    started = time.perf_counter()
+    trainer, ranking = _train(name, setup, folder)
+    result = {"seconds": time.perf_counter() - started, **_measure(trainer, setup)}
+    result["auroc"] = area_under_roc(ranking, setup.problem.good)
+    result["kept_good"] = precision_among_kept(ranking, setup.problem.good)
+    np.save(_ranking_file(folder, name), ranking)
+    write_whole(_result_file(folder, name), lambda unfinished: unfinished.write_text(json.dumps(result)))
+
+
+def _needs(name: str) -> tuple[str, ...]:
+    return ALTERNATIVES[name].needs if name in ALTERNATIVES else (DEFAULTS,) if name == SECOND_ROUND else ()
 
 
 def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
@@ -204,7 +222,7 @@ def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
         return trainer, -losses(trainer, problem.training)
     # SFT on the best rows of a ranking, as many as there are good ones, and the trusted ones
     if name == SECOND_ROUND:
-        ranking = np.load(folder / f"{DEFAULTS}.npy")
+        ranking = np.load(_ranking_file(folder, DEFAULTS))
     else:
         ranking = ALTERNATIVES[name].rank(_context(name, setup, folder))
     kept = np.sort(np.argsort(-ranking, kind="stable")[: problem.good.sum()])
@@ -219,7 +237,7 @@ def _context(name: str, setup: Setup, folder: Path) -> Context:
         faulty=problem.training,
         trusted=problem.trusted,
         seed=setup.seed,
-        earlier_scores={earlier: np.load(folder / f"{earlier}.npy") for earlier in ALTERNATIVES[name].needs},
+        earlier_scores={earlier: np.load(_ranking_file(folder, earlier)) for earlier in _needs(name)},
         train_sft=partial(_sft, setup),
         tokenize=partial(tokenized, tokenizer=setup.tokenizer, max_length=setup.max_length),
         words=str,

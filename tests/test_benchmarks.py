@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,8 +188,25 @@ def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys
             assert {"complied", "refused", "over_refused"} <= result.keys()
     rankings = {file.stem: np.load(file) for file in (output_dir / "safety, 1 epochs of 96 tokens").rglob("*.npy")}
     np.testing.assert_allclose(rankings["loss difference"], rankings["SFT on the trusted rows"] - rankings["SFT"])
+    file, page = tmp_path / "results.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- table: safety --><!-- end of table -->\nafter\n")
+    kept = dataclasses.replace(args, results=str(file), page=str(page))
+    real_text.main(kept)
+    assert "seed 0:" not in capsys.readouterr().out  # nothing runs twice
+    written = page.read_text()
+    assert "| SFT on the good rows (oracle) | " in written
+    assert written.endswith("\nafter\n")
+    # Elsewhere, without data: the same tables from the file
+    shutil.rmtree(output_dir)
+    real_text.main(dataclasses.replace(kept, train=False, data_dir="nowhere"))
+    assert page.read_text() == written
+    # A ranking is not in the file: what builds on one runs it again
+    (output_dir / "safety, 1 epochs of 96 tokens" / "seed0" / "loss difference.json").unlink()
     real_text.main(args)
-    assert "seed 0:" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert [line.partition("seed 0: ")[2] for line in printed.splitlines() if "seed 0: " in line] == [
+        "SFT", "SFT on the trusted rows", "loss difference",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="Unknown settings"):
         real_text.BenchmarkArguments(settings=["speed"])
 

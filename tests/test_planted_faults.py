@@ -349,22 +349,22 @@ def test_ablations_are_printed_and_drawn(tmp_path, run_tiny):
 
 
 def test_results_are_kept_in_one_file(tmp_path):
-    results = _load("fault_results")
+    results, names = _load("result_files"), _load("fault_settings").RESULT_NAMES
     ours, theirs, file = tmp_path / "ours", tmp_path / "theirs", tmp_path / "data" / "results.json"
     for folder, name, value in ((ours, "BMO", 0.5), (theirs, "SFT [harmful]", 0.25), (theirs, "BMO", 0.75)):
         (folder / "seed1").mkdir(parents=True, exist_ok=True)
         (folder / "seed1" / f"4 epochs, {name}.json").write_text(json.dumps({"auroc": value}))
     (ours / "seed1" / "trainer").mkdir()
     (ours / "seed1" / "trainer" / "config.json").write_text("{}")
-    assert results.collect(ours, file) == 1
-    assert results.restore(file, theirs) == 0  # has one of its own
-    assert results.collect(theirs, file) == 2
-    assert results.restore(file, tmp_path / "new") == 2
+    assert results.collect(ours, file, names) == 1
+    assert results.restore(file, theirs, names) == 0  # has one of its own
+    assert results.collect(theirs, file, names) == 2
+    assert results.restore(file, tmp_path / "new", names) == 2
     restored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new" / "seed1").iterdir()}
     assert restored == {"4 epochs, BMO.json": {"auroc": 0.75}, "4 epochs, SFT [harmful].json": {"auroc": 0.25}}
     file.write_text(json.dumps({"seed1/../../4 epochs, BMO.json": {}}))
     with pytest.raises(ValueError, match="not one of this benchmark"):
-        results.restore(file, tmp_path / "new")
+        results.restore(file, tmp_path / "new", names)
 
 
 def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch):
@@ -399,4 +399,4 @@ def test_ratios_are_to_the_same_seeds_sft(tmp_path):
     ("values", "text"), [([0.5, 0.7], "0.600 (0.500 to 0.700)"), ([None, 0.5], "0.500"), ([None, None], "-")]
 )
 def test_spread_over_seeds(values, text):
-    assert _load("fault_tables").spread(values) == text
+    assert _load("result_tables").spread(values) == text

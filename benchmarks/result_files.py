@@ -1,4 +1,4 @@
-"""The results of many runs of the planted-fault benchmark in one file: tables can be printed without the runs."""
+"""The results of many runs of a benchmark in one file: tables can be printed without the runs."""
 
 import json
 import os
@@ -6,24 +6,22 @@ import re
 from pathlib import Path
 
 
-_NAME = re.compile(r"seed\d+/\d+ epochs, .+\.json")
-
-
-def collect(folder: Path, file: Path) -> int:
+def collect(folder: Path, file: Path, names: re.Pattern[str]) -> int:
     """
-    Add the results in an output folder to a file; results that the file has already stay as the folder has them.
+    Add the results in an output folder to a file; results that the file has already become as the folder has them.
 
     Args:
-        folder (`pathlib.Path`): output folder of the benchmark.
-        file (`pathlib.Path`): JSON, measures by `seed0/4 epochs, METHOD [SETTING].json`; made if it is not there.
+        folder (`pathlib.Path`): output folder of the benchmark, with a JSON file of measures per run.
+        file (`pathlib.Path`): JSON, measures by the path of the run's file within the folder; made if it is not there.
+        names (`re.Pattern`): of the whole path of a run's file; others are left alone.
 
     Returns:
         `int`: results in the file now.
     """
     results = json.loads(file.read_text()) if file.is_file() else {}
-    for path in sorted(folder.glob("seed*/*.json")):
+    for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
-        if _NAME.fullmatch(name):
+        if names.fullmatch(name):
             results[name] = {key: round(value, 6) for key, value in json.loads(path.read_text()).items()}
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -33,9 +31,14 @@ def collect(folder: Path, file: Path) -> int:
     return len(results)
 
 
-def restore(file: Path, folder: Path) -> int:
+def restore(file: Path, folder: Path, names: re.Pattern[str]) -> int:
     """
     Write the results of a file that an output folder lacks.
+
+    Args:
+        file (`pathlib.Path`): as [`collect`] leaves it.
+        folder (`pathlib.Path`): output folder of the benchmark.
+        names (`re.Pattern`): as for [`collect`].
 
     Returns:
         `int`: results that were written.
@@ -45,7 +48,7 @@ def restore(file: Path, folder: Path) -> int:
     """
     written = 0
     for name, measures in json.loads(file.read_text()).items():
-        if not _NAME.fullmatch(name) or ".." in name:
+        if not names.fullmatch(name) or ".." in name:
             raise ValueError(f"{file} has a result of the name {name!r}, which is not one of this benchmark.")
         path = folder / name
         if not path.is_file():
