@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -314,3 +315,20 @@ def test_bad_input(make_trainer, tmp_path):
     with pytest.raises(ValueError, match="empty, so there is nothing to score"):
         trainer.score(rows.select([]))
     assert len(list(islice(trainer.score(rows), 5))) == 3
+
+
+def test_guide_cuts_by_the_loss(make_lora_trainer):
+    guide = Path(__file__).parents[1] / "docs" / "howto" / "keep_ratio.md"
+    blocks = [text.partition("```")[0] for text in guide.read_text().split("```python\n")[1:]]
+    (block,) = [block for block in blocks if 'score(mixture)["loss"]' in block]
+    rows = prompt_completion_rows(9, offset=500)
+    mixture = Dataset.from_list([{"prompt": "too long " * 200, "completion": "yes"}, *rows])
+    trainer = make_lora_trainer(max_length=32)
+    trainer.model.eval()
+    names = {"trainer": trainer, "mixture": mixture, "np": np}
+    exec(block, names)
+    # All but the row that nothing is left of
+    assert names["kept"]["prompt"][:] == rows["prompt"][:]
+    exec(block.replace("0.9", "0.4"), names)
+    lowest = sorted(sorted(range(9), key=_losses(trainer, rows).__getitem__)[:4])
+    assert names["kept"]["prompt"][:] == rows.select(lowest)["prompt"][:]
