@@ -211,6 +211,18 @@ def test_real_text_comparison_runs_every_method_once(real_text, tmp_path, capsys
         real_text.BenchmarkArguments(settings=["speed"])
 
 
+def test_tables_of_real_text_in_the_docs_are_those_of_the_results(real_text, tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    page = tmp_path / "real_text.md"
+    page.write_text((docs / "real_text.md").read_text())
+    assert page.read_text().count("<!-- table: ") == 2
+    file = tmp_path / "results.json"
+    shutil.copy(docs / "data" / "real_text.json", file)
+    args = real_text.BenchmarkArguments(settings=["safety", "tasks"], train=False, output_dir=str(tmp_path / "out"))
+    real_text.main(dataclasses.replace(args, results=str(file), page=str(page)))
+    assert page.read_text() == (docs / "real_text.md").read_text()
+
+
 def test_real_text_plants_compliance_in_refused_requests_only(real_text, tmp_path):
     rows_module = importlib.import_module("real_text_rows")
     rows = rows_module.load_rows(tmp_path)
