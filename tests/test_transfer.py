@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import prompt_completion_rows
+from peft import LoraConfig
 
 from trl_bilevel import DataSelector
-from trl_bilevel.selector_files import SELECTOR_TABLE_NAME
+from trl_bilevel.run_records import read_selector
+from trl_bilevel.selector_files import SELECTOR_TABLE_NAME, write_selector_table
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -20,15 +22,15 @@ def _ids(values):
     return pa.chunked_array([values])
 
 
-def _trained(num_rows, ids, activation="softmax"):
-    selector = DataSelector(num_rows, activation, learning_rate=0.5, sample_ids=_ids(ids))
+def _trained(num_rows, ids, activation="softmax", prior=0.5):
+    selector = DataSelector(num_rows, activation, learning_rate=0.5, sample_ids=_ids(ids), prior=prior)
     selector.update(torch.arange(num_rows - 1), torch.linspace(0, 3, num_rows - 1))  # the last row is never scored
     return selector
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_table_round_trip(tmp_path, activation):
-    selector = _trained(5, ["a", "b", "ü", "d", "e"], activation)
+@pytest.mark.parametrize(("activation", "prior"), [("softmax", 0.5), ("sigmoid", 0.5), ("sigmoid", 0.2)])
+def test_table_round_trip(tmp_path, activation, prior):
+    selector = _trained(5, ["a", "b", "ü", "d", "e"], activation, prior)
     path = selector.save_pretrained(tmp_path / "new" / "folder")
     table = pq.read_table(path)
     assert table.column_names == ["sample_id", "logit", "weight", "scored"]
@@ -37,6 +39,9 @@ def test_table_round_trip(tmp_path, activation):
     loaded = DataSelector.from_pretrained(tmp_path / "new" / "folder")
     assert torch.equal(loaded.weights(), selector.weights())
     assert torch.equal(loaded.scored, selector.scored)
+    assert 0 < selector.proved_good.sum() < 4
+    assert torch.equal(loaded.proved_good, selector.proved_good)
+    assert (loaded.prior, loaded.neutral_logit) == (prior, selector.neutral_logit)
     assert (loaded.activation, loaded.sample_ids.to_pylist()) == (activation, selector.sample_ids.to_pylist())
 
 
@@ -111,6 +116,32 @@ def test_missing_and_damaged_tables(tmp_path):
     pq.write_table(pa.table({"sample_id": [1]}), path)
     with pytest.raises(ValueError, match="not the table of a data selector"):
         DataSelector.from_pretrained(tmp_path)
+
+
+def test_prior_of_a_table(tmp_path):
+    path = _trained(3, [1, 2, 3], "sigmoid", prior=0.2).save_pretrained(tmp_path)
+    table = pq.read_table(path)
+    metadata = dict(table.schema.metadata)
+    for text in ("much", "1.0", "nan"):
+        pq.write_table(table.replace_schema_metadata({**metadata, b"selector_prior": text}), path)
+        with pytest.raises(ValueError, match=f"its prior is '{text}'"):
+            DataSelector.from_pretrained(tmp_path)
+    del metadata[b"selector_prior"]
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert DataSelector.from_pretrained(tmp_path).prior == 0.5  # written before it was kept
+
+
+def test_run_on_disk_keeps_the_prior(make_trainer, tmp_path):
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"selector_prior": 0.3, "selector_learning_rate": 5.0, "output_dir": str(tmp_path / "out")}
+    trainer = make_trainer(peft_config=peft_config, **options)
+    trainer.train()
+    trainer.save_model()
+    write_selector_table(tmp_path / "selector", read_selector(tmp_path / "out"))
+    loaded = DataSelector.from_pretrained(tmp_path / "selector")
+    assert loaded.prior == 0.3
+    assert 0 < loaded.proved_good.sum() < len(loaded.logits)
+    assert torch.equal(loaded.proved_good, trainer.data_selector.proved_good)
 
 
 def test_weights_of_a_small_model_guide_another(make_trainer, build_model, tmp_path):

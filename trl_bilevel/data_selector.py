@@ -349,8 +349,8 @@ class DataSelector:
             `FileNotFoundError`: if there is no selector.
             `ValueError`: if the file is damaged or holds something else.
         """
-        table, activation = selector_files.read_selector_table(name_or_path, revision, token, split)
-        selector = cls(table.num_rows, activation=activation, sample_ids=table.column("sample_id"))
+        table, activation, prior = selector_files.read_selector_table(name_or_path, revision, token, split)
+        selector = cls(table.num_rows, activation=activation, prior=prior, sample_ids=table.column("sample_id"))
         selector._unit_logits.copy_(torch.tensor(table.column("logit").to_numpy()))
         selector._scored.copy_(torch.tensor(table.column("scored").to_numpy()))
         selector._sums.refresh(selector._unit_logits)

@@ -24,7 +24,7 @@ from .card_options import card_options, model_options
 from .curation import curate_dataset
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 from .row_scores import find_scores, read_scores
-from .selector_files import ACTIVATION_KEY
+from .selector_files import METADATA_KEYS
 from .whole_files import damage_explained, write_whole
 
 
@@ -135,8 +135,9 @@ def read_selector(run_dir: str | os.PathLike) -> pa.Table:
         `ValueError`: if its scores are damaged.
     """
     scores, _ = read_scores(find_scores(run_dir))
+    metadata = scores.schema.metadata
     return scores.drop_columns("judged").replace_schema_metadata(
-        {ACTIVATION_KEY: scores.schema.metadata[ACTIVATION_KEY]}
+        {key: metadata[key] for key in METADATA_KEYS if key in metadata}
     )
 
 

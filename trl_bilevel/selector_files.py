@@ -29,10 +29,12 @@ from .whole_files import damage_explained, write_whole
 
 SELECTOR_FILE_NAME = "data_selector.safetensors"
 SELECTOR_TABLE_NAME = "data_selector.parquet"
-ACTIVATION_KEY = b"selector_activation"
-"""Metadata of the table: how logits become weights."""
+_ACTIVATION_KEY, _PRIOR_KEY = b"selector_activation", b"selector_prior"
+METADATA_KEYS = (_ACTIVATION_KEY, _PRIOR_KEY)
+"""Metadata of the table: how logits become weights, and the sigma of a logit of which nothing is known."""
 _MAIN_SPLIT = "train"
 _OF_A_SPLIT = re.compile(r"data_selector-(\w+)\.parquet")
+_NO_PRIOR = 0.5  # of softmax weights, and of files of before it was kept
 _STATE_VERSION = "3"
 _TABLE_COLUMNS = ("sample_id", "logit", "scored")
 
@@ -41,6 +43,7 @@ class Selector(Protocol):
     """What the files and the transfer ask of a [`~trl_bilevel.DataSelector`], which imports both."""
 
     activation: SelectorActivation
+    prior: float
 
     @property
     def sample_ids(self) -> pa.ChunkedArray: ...
@@ -100,14 +103,15 @@ def read_selector_state(directory: str | os.PathLike, identity: dict[str, Any]) 
 
 
 def selector_table(selector: Selector) -> pa.Table:
-    """The columns `sample_id`, `logit`, `weight` and `scored`, a row per training row; how logits become weights."""
+    """The columns `sample_id`, `logit`, `weight` and `scored`, a row per training row; what logits mean."""
     columns = {
         "sample_id": selector.sample_ids,
         "logit": selector.logits.numpy(),
         "weight": selector.weights().numpy(),
         "scored": selector.scored.numpy(),
     }
-    return pa.table(columns).replace_schema_metadata({ACTIVATION_KEY: selector.activation})
+    metadata = {_ACTIVATION_KEY: selector.activation, _PRIOR_KEY: repr(float(selector.prior))}
+    return pa.table(columns).replace_schema_metadata(metadata)
 
 
 def selector_table_name(split: str) -> str:
@@ -135,7 +139,7 @@ def read_selector_table(
     revision: str | None = None,
     token: str | None = None,
     split: str | None = None,
-) -> tuple[pa.Table, SelectorActivation]:
+) -> tuple[pa.Table, SelectorActivation, float]:
     """
     Read the table that [`write_selector_table`] wrote, or the logits that SEAL published as a table.
 
@@ -145,13 +149,16 @@ def read_selector_table(
         token (`str`, *optional*): to read it with.
         split (`str`, *optional*): of the dataset; `train`, or the only one there is, if `None`.
 
+    Returns:
+        The table, the activation and the prior, 0.5 where the file says none.
+
     Raises:
         `FileNotFoundError`: if there is no selector.
         `ValueError`: if the file is damaged or holds something else, or if the split must be said.
     """
     path = Path(name_or_path)
     if path.suffix in (".pt", ".pth", ".bin"):
-        return _read_logits(path), "softmax"
+        return _read_logits(path), "softmax", _NO_PRIOR
     if path.is_dir():
         file = path / _choose_table([found.name for found in path.iterdir()], split, name_or_path)
     elif path.exists():
@@ -160,11 +167,21 @@ def read_selector_table(
         file = _download_table(str(name_or_path), revision, token, split)
     with damage_explained(file, "Write it anew with `DataSelector.save_pretrained`."):
         table = pa.parquet.read_table(file)
-    activation = (table.schema.metadata or {}).get(ACTIVATION_KEY, b"").decode()
+    activation, prior = ((table.schema.metadata or {}).get(key, b"").decode() for key in METADATA_KEYS)
     missing = [name for name in _TABLE_COLUMNS if name not in table.column_names]
     if missing or activation not in get_args(SelectorActivation):
         raise ValueError(f"{file} is not the table of a data selector: it has the columns {table.column_names}.")
-    return table, activation
+    return table, activation, _read_prior(prior, file)
+
+
+def _read_prior(text: str, file: Path) -> float:
+    try:
+        prior = float(text or _NO_PRIOR)
+    except ValueError:
+        prior = float("nan")
+    if not 0 < prior < 1:
+        raise ValueError(f"{file} is not the table of a data selector: its prior is {text!r}, not within (0, 1).")
+    return prior
 
 
 def _download_table(repo_id: str, revision: str | None, token: str | None, split: str | None) -> Path:
