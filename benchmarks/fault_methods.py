@@ -71,11 +71,10 @@ REFINED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Another round with what a first run learned
 FIRST_ROUND = "BDS (all defaults)"
-ROUNDS = (
-    "second round: SFT on trusted and kept rows",  # as many as there are good ones, as the alternatives are told
-    "second round: SFT on trusted and proved rows",  # those that proved good, which nobody has to know
-    "second round: BDS, from the first's weights",
-)
+SECOND_ROUND = "second round: SFT on trusted and kept rows"  # as many as are good, as the alternatives are told
+PROVED_ROUND = "second round: SFT on trusted and proved rows"  # those that proved good, which nobody has to be told
+BDS_ROUND = "second round: BDS, from the first's weights"
+ROUNDS = (SECOND_ROUND, PROVED_ROUND, BDS_ROUND)
 METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS, *ALTERNATIVES)
 # What the sweeps run by default: the baselines, the public codes, ours, and the rankings that come closest
 MAIN_METHODS = (
@@ -86,7 +85,7 @@ MAIN_METHODS = (
     PUBLIC_CODES,
     "BMO",
     FIRST_ROUND,
-    ROUNDS[0],
+    SECOND_ROUND,
     "loss difference",
     "gradient influence (bergson)",
 )
@@ -129,7 +128,7 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     if name in ALTERNATIVES:
         ALTERNATIVES[name].require()
         run = _run_alternative(name, args, problem, files)
-    elif name in SFT_ROWS or name in ROUNDS[:2]:
+    elif name in SFT_ROWS or name in (SECOND_ROUND, PROVED_ROUND):
         run = _run_sft(name, args, problem, files)
     else:
         run = _run_bilevel(name, args, problem, files)
@@ -142,9 +141,9 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     }
     if run.trainer is not None:
         result |= _measure_bilevel(run.trainer, problem)
-    elif name in ALTERNATIVES or name == ROUNDS[0]:
+    elif name in ALTERNATIVES or name == SECOND_ROUND:
         result["kept_questions"] = good.mean()
-    elif name == ROUNDS[1]:
+    elif name == PROVED_ROUND:
         proved = DataSelector.from_pretrained(files.first_round).proved_good.numpy()
         result |= {"kept_questions": proved.mean(), "kept_right": (proved & good).mean()}
     result = {key: float(value) for key, value in result.items()}
@@ -167,7 +166,7 @@ def train_sft(args: DemoArguments, problem: Problem, rows: Dataset, *callbacks: 
 def _run_sft(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
     if name in ROUNDS:
         selector = DataSelector.from_pretrained(files.first_round)
-        num_kept = None if name == ROUNDS[0] else int(selector.proved_good.sum())
+        num_kept = None if name == SECOND_ROUND else int(selector.proved_good.sum())
         rows = _best_and_trusted(problem, selector.logits.numpy(), num_kept)
     else:
         rows = SFT_ROWS[name](problem, args.seed)
@@ -205,7 +204,7 @@ def _context(args: DemoArguments, problem: Problem, earlier: dict[str, np.ndarra
 
 
 def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, ROUNDS[2]: {}}[name]
+    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, BDS_ROUND: {}}[name]
     num_trusted = min(options.get("batch_size", BATCH_SIZE), len(problem.trusted))
     trainer = fine_tune(
         BilevelSFTTrainer,
@@ -215,7 +214,7 @@ def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFi
         lambda share: None,
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
-        data_selector=DataSelector.from_pretrained(files.first_round) if name == ROUNDS[2] else None,
+        data_selector=DataSelector.from_pretrained(files.first_round) if name == BDS_ROUND else None,
         amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
         **{"per_device_validation_batch_size": num_trusted, **options},
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alternatives import ALTERNATIVES
-from fault_methods import FIRST_ROUND, PUBLIC_CODES, ROUNDS, SFT_ROWS
+from fault_methods import FIRST_ROUND, PROVED_ROUND, PUBLIC_CODES, SECOND_ROUND, SFT_ROWS
 from fault_settings import SeedFiles, Setting
 from fault_tables import BEST, WORST
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ PROBLEMS = {
     "50 trusted rows": Setting(validation_size=50),
     "500 trusted rows": Setting(validation_size=500),
 }
-OURS = {"one run of BDS": FIRST_ROUND, "second round": ROUNDS[0]}
+OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
 RIVALS = ("loss difference", "loss of the trusted rows' model")
 CLOSEST = {
     **{method: method for method in (WORST, "SFT on the trusted rows", *RIVALS)},
@@ -47,7 +47,7 @@ CLOSEST = {
 }
 # What BDS is held against: everything that is not told which rows are good
 OTHERS = (*(method for method in SFT_ROWS if method != BEST), PUBLIC_CODES, *ALTERNATIVES, "BMO")
-METHODS = (*OTHERS, *OURS.values(), ROUNDS[1], BEST)
+METHODS = (*OTHERS, *OURS.values(), PROVED_ROUND, BEST)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4
 
@@ -141,14 +141,14 @@ def verdict_table(results: Results) -> str:
 
 def proved_table(results: Results) -> str:
     """A second round that keeps what proved good beside one that is told how many rows are good, on the same seeds."""
-    told, proved = ROUNDS[:2]
     rows = []
     for problem in PROBLEMS:
         kept, right, exact_match = (
-            results.values(problem, proved, measure) for measure in ("kept_questions", "kept_right", "exact_match")
+            results.values(problem, PROVED_ROUND, measure)
+            for measure in ("kept_questions", "kept_right", "exact_match")
         )
-        if seeds := [seed for seed in kept if seed in results.values(problem, told, "exact_match")]:
-            of_told = results.values(problem, told, "exact_match")
+        of_told = results.values(problem, SECOND_ROUND, "exact_match")
+        if seeds := [seed for seed in kept if seed in of_told]:
             cells = (
                 [kept[seed] for seed in seeds],
                 [right[seed] / kept[seed] for seed in seeds],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from alternatives import ALTERNATIVES, SFT_LOSS, TRUSTED_LOSS, Context, tokenized
 from datasets import Dataset, concatenate_datasets
-from fault_methods import PUBLIC_CODES, PUBLIC_CODES_OPTIONS
+from fault_methods import FIRST_ROUND, PUBLIC_CODES, PUBLIC_CODES_OPTIONS, SECOND_ROUND
 from peft import LoraConfig
 from real_text_rows import COMPLIANCE, REFUSAL, Problem, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -142,8 +142,6 @@ def losses(trainer: Any, rows: Dataset) -> np.ndarray:
 
 
 MIXING, ORACLE = "SFT, trusted rows mixed in", "SFT on the good rows (oracle)"
-DEFAULTS = "BDS (all defaults)"
-SECOND_ROUND = "second round: SFT on trusted and kept rows"
 SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     SFT_LOSS: lambda problem: problem.training,
     MIXING: lambda problem: concatenate_datasets([problem.training, problem.trusted]),
@@ -155,7 +153,7 @@ BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": {"value_function": "none"},
     "BDS, constant lambda": {"adaptive_validation_weight": False},
-    DEFAULTS: {},
+    FIRST_ROUND: {},
 }
 METHODS = (*SFT_ROWS, *ALTERNATIVES, *BILEVEL_OPTIONS, SECOND_ROUND)
 """In an order in which what a method builds on comes before it."""
@@ -208,7 +206,7 @@ def _run(name: str, setup: Setup, folder: Path, on_progress: Callable[[str], Non
 
 
 def _needs(name: str) -> tuple[str, ...]:
-    return ALTERNATIVES[name].needs if name in ALTERNATIVES else (DEFAULTS,) if name == SECOND_ROUND else ()
+    return ALTERNATIVES[name].needs if name in ALTERNATIVES else (FIRST_ROUND,) if name == SECOND_ROUND else ()
 
 
 def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
@@ -222,7 +220,7 @@ def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
         return trainer, -losses(trainer, problem.training)
     # SFT on the best rows of a ranking, as many as there are good ones, and the trusted ones
     if name == SECOND_ROUND:
-        ranking = np.load(_ranking_file(folder, DEFAULTS))
+        ranking = np.load(_ranking_file(folder, FIRST_ROUND))
     else:
         ranking = ALTERNATIVES[name].rank(_context(name, setup, folder))
     kept = np.sort(np.argsort(-ranking, kind="stable")[: problem.good.sum()])

@@ -275,7 +275,7 @@ def test_second_rounds_train_on_the_best_rows_or_on_those_that_proved_good(tmp_p
     monkeypatch.setattr(methods, "train_sft", record)
     # Within the two steps of a run
     monkeypatch.setitem(methods.BILEVEL_OPTIONS, methods.FIRST_ROUND, {"selector_learning_rate": 1e4})
-    run_tiny(methods=list(methods.ROUNDS[:2]))
+    run_tiny(methods=[methods.SECOND_ROUND, methods.PROVED_ROUND])
     (problem, best), (_, proved) = trained_on
     selector = DataSelector.from_pretrained(tmp_path / "seed3" / "first_round")
     good = np.array(problem.faulty["fault"]) == "none"
@@ -285,7 +285,7 @@ def test_second_rounds_train_on_the_best_rows_or_on_those_that_proved_good(tmp_p
     assert 0 < selector.proved_good.sum() < len(good)
     proved_rows = problem.faulty.select(np.flatnonzero(selector.proved_good.numpy()))
     assert proved["prompt"][:] == [*proved_rows["prompt"], *trusted]
-    result = _results(tmp_path / "seed3")[methods.ROUNDS[1]]
+    result = _results(tmp_path / "seed3")[methods.PROVED_ROUND]
     assert result["kept_questions"] == pytest.approx(selector.proved_good.float().mean().item())
     assert result["kept_right"] == pytest.approx((selector.proved_good.numpy() & good).mean())
 
