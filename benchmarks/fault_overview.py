@@ -10,7 +10,7 @@ It prints the tables in Markdown, writes those that the page has a place for int
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,9 @@ PROBLEMS = {
     "50 trusted rows": Setting(validation_size=50),
     "500 trusted rows": Setting(validation_size=500),
 }
+# All of them in one table would be too wide
+SHARES = [name for name, problem in PROBLEMS.items() if problem == Setting(fault_ratio=problem.fault_ratio)]
+OTHER_PROBLEMS = [name for name in PROBLEMS if name not in SHARES]
 OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
 RIVALS = ("loss difference", "loss of the trusted rows' model")
 CLOSEST = {
@@ -110,14 +113,18 @@ def difference_table(results: Results, measure: str) -> str:
     return markdown(["problem", *pairs], rows)
 
 
-def all_methods_table(results: Results, measure: str, seed: int = 0) -> str:
-    """Every method on every problem, one seed: not all methods have more."""
-    rows = []
-    for method in METHODS:
-        by_problem = [results.values(problem, method, measure).get(seed) for problem in PROBLEMS]
-        if any(value is not None for value in by_problem):
-            rows.append([method, *("-" if value is None else f"{value:.3f}" for value in by_problem)])
-    return markdown(["method", *PROBLEMS], rows)
+def all_methods_table(results: Results, measure: str, problems: Sequence[str]) -> str:
+    """Every method on some problems: mean and range, and the number of seeds where another cell has more."""
+    by_method = {
+        method: [[*results.values(problem, method, measure).values()] for problem in problems] for method in METHODS
+    }
+    most = max(len(values) for by_problem in by_method.values() for values in by_problem)
+    rows = [
+        [method, *(f"{spread([*values])}{f', {len(values)}' * (0 < len(values) < most)}" for values in by_problem)]
+        for method, by_problem in by_method.items()
+        if any(by_problem)
+    ]
+    return markdown(["method", *problems], rows)
 
 
 def verdict_table(results: Results) -> str:
@@ -211,7 +218,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "proved": proved_table,
     "unseen": unseen_table,
     **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
-    **{f"all {measure}": lambda results, key=measure: all_methods_table(results, key) for measure in MEASURES},
+    **{
+        f"all {measure}, {name}": lambda results, key=measure, some=problems: all_methods_table(results, key, some)
+        for measure in MEASURES
+        for name, problems in (("shares", SHARES), ("other problems", OTHER_PROBLEMS))
+    },
     "refusals": refusal_table,
     "cost": cost_table,
 }

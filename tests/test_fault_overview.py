@@ -101,12 +101,15 @@ def test_rows_never_trained_on(overview, results):
     assert list(rows) == ["problem", "---", "10 % bad"]
 
 
-def test_table_of_all_methods_has_one_seed(overview, results):
-    rows = _rows(overview.all_methods_table(results, "exact_match"))
-    problems = rows.pop("method")
-    assert rows["BMO"] == ["0.125" if problem == "10 % bad" else "-" for problem in problems]
-    ours = dict(zip(problems, rows[overview.FIRST_ROUND], strict=True))
-    assert {problem for problem, cell in ours.items() if cell == "0.500"} == {"70 % bad", "20 trusted rows"}
+def test_table_of_all_methods_has_all_seeds(overview, results):
+    rows = _rows(overview.all_methods_table(results, "exact_match", ["10 % bad", "70 % bad"]))
+    assert rows.pop("method") == ["10 % bad", "70 % bad"]
+    assert rows.pop("BMO") == ["0.125, 1", "-"]
+    assert rows[overview.FIRST_ROUND] == ["-", "0.700 (0.500 to 0.900)"]
+    assert rows[overview.SECOND_ROUND] == ["-", "0.625 (0.500 to 0.750), 2"]
+    assert rows.keys() == {"---", *overview.OURS.values(), overview.RIVALS[0]}
+    assert sorted([*overview.SHARES, *overview.OTHER_PROBLEMS]) == sorted(overview.PROBLEMS)
+    assert [f"{share} % bad" for share in (10, 30, 50, 70, 80)] == overview.SHARES
 
 
 def test_figure_has_a_dot_per_seed(overview, results):
