@@ -7,6 +7,7 @@ import torch
 
 from trl_bilevel import DataSelector
 from trl_bilevel.amortized_selector import AMORTIZED_SELECTOR_FILE_NAME, AmortizedSelector, load_amortized_selector
+from trl_bilevel.refined_responses import RESPONSE_SCHEMA, RefinedResponse, RefreshPlan, ResponseStore
 from trl_bilevel.row_scores import SCORES_FILE_NAME, find_scores, read_scores, save_scores
 from trl_bilevel.run_settings import RUN_SETTINGS_FILE_NAME, read_run_settings
 from trl_bilevel.scoring import _check_manifest
@@ -15,6 +16,11 @@ from trl_bilevel.whole_files import damage_explained
 
 
 MODEL = torch.nn.Linear(2, 1)
+_RESPONSE = {
+    "row": 0, "step": 4, "response": 0, "used": True, "flaw": None, "text": "a", "prompt_ids": [1],
+    "completion_ids": [2], "log_probs": [-1.0], "weight": None, "settings": "{}",
+}  # fmt: skip
+RESPONSES = pa.Table.from_pylist([_RESPONSE], schema=RESPONSE_SCHEMA)
 
 
 def _save_value_function(folder):
@@ -30,6 +36,18 @@ FILES = {
         lambda folder: _check_manifest(folder, {"model": "m"}),
     ),
     RUN_SETTINGS_FILE_NAME: (lambda folder: (folder / RUN_SETTINGS_FILE_NAME).write_text("{}"), read_run_settings),
+    "0-0/refresh-00000004.json": (
+        lambda folder: ResponseStore(folder).write_plan(4, RefreshPlan([0], None)),
+        lambda folder: ResponseStore(folder).read_plan(4),
+    ),
+    "0-0/refresh-00000004.arrow": (
+        lambda folder: ResponseStore(folder).write_refresh(4, RESPONSES, parts=0),
+        lambda folder: ResponseStore(folder).read_new_files(4),
+    ),
+    "0-0/refresh-00000004-part-000001.arrow": (
+        lambda folder: ResponseStore(folder).write_part(4, 1, RESPONSES),
+        lambda folder: ResponseStore(folder).read_part(4, 1),
+    ),
 }
 DAMAGES = {"truncated": lambda content: content[: len(content) // 2], "empty": lambda content: b"",
            "overwritten": lambda content: b"[" + bytes(range(1, 200)), "a list": lambda content: b"[3]"}  # fmt: skip
@@ -46,6 +64,18 @@ def test_file_and_cure_are_named(tmp_path, name, damage):
     ) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_damaged_refresh_is_written_anew_from_a_checkpoint(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write_refresh(4, RESPONSES, parts=0)
+    store.read_new_files(4)
+    store.save(tmp_path)
+    (path,) = store.folder.glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:100])
+    resumed = ResponseStore.load(tmp_path, tmp_path)
+    assert resumed.responses_of(0, up_to_step=4) == [RefinedResponse([1], [2], [-1.0])]
+    assert ResponseStore(tmp_path).read_refresh(4).equals(RESPONSES)
 
 
 def test_scores_that_lack_something(tmp_path):

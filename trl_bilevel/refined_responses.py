@@ -42,6 +42,7 @@ RESPONSE_SCHEMA = pa.schema(
         "settings": pa.string(),  # of the generation, JSON
     }
 )
+_CURE = "If you delete it, what it held is generated anew."
 _REFRESH_FILE = re.compile(r"refresh-(\d+)\.arrow")
 
 
@@ -110,7 +111,7 @@ class ResponseStore:
         steps = [int(match[1]) for name in os.listdir(self.folder) if (match := _REFRESH_FILE.fullmatch(name))]
         for step in sorted(set(steps) - known):
             if step <= up_to_step:
-                self._add(step, pyarrow.feather.read_table(self._refresh_path(step), memory_map=True))
+                self._add(step, _read_table(self._refresh_path(step), memory_map=True))
         self._read_up_to = up_to_step
 
     def _add(self, step: int, table: pa.Table) -> None:
@@ -163,7 +164,10 @@ class ResponseStore:
     def read_plan(self, step: int) -> RefreshPlan | None:
         """What an interrupted refresh at this step set out to do."""
         path = self._plan_path(step)
-        return RefreshPlan(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        with damage_explained(path, _CURE):
+            return RefreshPlan(**json.loads(path.read_text()))
 
     def write_plan(self, step: int, plan: RefreshPlan) -> None:
         """Begin a refresh."""
@@ -179,7 +183,7 @@ class ResponseStore:
     def read_part(self, step: int, part: int) -> pa.Table | None:
         """Responses of one batch of a refresh, if they were generated before."""
         path = self._part_path(step, part)
-        return pyarrow.feather.read_table(path) if path.is_file() else None
+        return _read_table(path) if path.is_file() else None
 
     def write_part(self, step: int, part: int, responses: pa.Table) -> None:
         """Keep the responses of one batch, before the whole refresh is done."""
@@ -188,7 +192,7 @@ class ResponseStore:
 
     def read_refresh(self, step: int) -> pa.Table | None:
         """The responses of a refresh that is complete."""
-        return pyarrow.feather.read_table(self._refresh_path(step)) if self.has_refresh(step) else None
+        return _read_table(self._refresh_path(step)) if self.has_refresh(step) else None
 
     def has_refresh(self, step: int) -> bool:
         """Whether a refresh of this run at this step is complete, maybe from before the run was interrupted."""
@@ -246,11 +250,22 @@ class ResponseStore:
         store = cls(parent, run, settings)
         for step in sorted(table.column("step").unique().to_pylist()):
             refresh = table.filter(pa.compute.equal(table.column("step"), step)).combine_chunks()
-            path = store._refresh_path(step)
-            if not path.is_file() or not pyarrow.feather.read_table(path).equals(refresh):
+            if not _holds(store._refresh_path(step), refresh):
                 store.write_refresh(step, refresh, parts=0)
             store.read_new_files(step)
         return store
+
+
+def _read_table(path: Path, memory_map: bool = False) -> pa.Table:
+    with damage_explained(path, _CURE):
+        return pyarrow.feather.read_table(path, memory_map=memory_map).select(RESPONSE_SCHEMA.names)
+
+
+def _holds(path: Path, table: pa.Table) -> bool:
+    try:
+        return path.is_file() and _read_table(path).equals(table)
+    except ValueError:  # damaged: to be written anew
+        return False
 
 
 def write_table(path: Path, table: pa.Table) -> None:
