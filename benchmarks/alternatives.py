@@ -60,6 +60,11 @@ class Context(NamedTuple):
     """Text to what DSIR's n-grams are made of, separated by spaces."""
 
 
+def best_rows(scores: np.ndarray, num_rows: int) -> np.ndarray:
+    """Positions of the rows of the highest scores, ascending; among equals the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:num_rows])
+
+
 class Alternative(NamedTuple):
     """A ranking."""
 
@@ -69,6 +74,14 @@ class Alternative(NamedTuple):
     """The module that it needs."""
     needs: tuple[str, ...] = ()
     """Methods whose rankings it is made from."""
+    threshold: float | None = None
+    """Rows of a score above it are kept; if `None`, as many as there are good ones, which the ranking is told."""
+
+    def kept(self, scores: np.ndarray, num_good: int) -> np.ndarray:
+        """Positions of the rows to train on, ascending."""
+        if self.threshold is not None:
+            return np.flatnonzero(scores > self.threshold)
+        return best_rows(scores, num_good)
 
     @property
     def is_installed(self) -> bool:
@@ -289,5 +302,7 @@ ALTERNATIVES: dict[str, Alternative] = {
         lambda context: context.earlier_scores[TRUSTED_LOSS], needs=(TRUSTED_LOSS,)
     ),
     "loss difference": Alternative(_loss_difference, needs=(SFT_LOSS, TRUSTED_LOSS)),
+    # Kept is what the trusted rows' model expects more than SFT's does
+    "loss difference above zero": Alternative(_loss_difference, needs=(SFT_LOSS, TRUSTED_LOSS), threshold=0.0),
     "confidence (cleanlab)": Alternative(_confidence, package="cleanlab"),
 }

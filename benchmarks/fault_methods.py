@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from alternatives import ALTERNATIVES, Context, characters, tokenized
+from alternatives import ALTERNATIVES, Context, best_rows, characters, tokenized
 from datasets import Dataset, concatenate_datasets
 from fault_ablations import ABLATION_OPTIONS, BY_THE_LOSS, CONSTANT, GREEDY_ANSWERS
 from fault_settings import SeedFiles
@@ -32,12 +32,13 @@ def _random_rows(problem: Problem, seed: int) -> Dataset:
     return problem.faulty.select(np.sort(rows[: good_rows(problem).sum()]))
 
 
+RANDOM_ROWS = "SFT on random rows"
 # Methods that are plain SFT on other rows
 SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
     "SFT": lambda problem, seed: problem.faulty,
     "SFT, trusted rows mixed in": lambda problem, seed: concatenate_datasets([problem.faulty, problem.trusted]),
     "SFT on the trusted rows": lambda problem, seed: problem.trusted,
-    "SFT on random rows": _random_rows,
+    RANDOM_ROWS: _random_rows,
     "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
 }
 PUBLIC_CODES = "dense Adam, as the public codes"
@@ -48,10 +49,15 @@ PUBLIC_CODES_OPTIONS: dict[str, Any] = {
     "validation_weight_decay": 0.03,
     "loss_normalization": "row",
 }
+# Their step, 0.005, is for runs of many thousand steps
+LARGER_STEPS = {"dense Adam, step 0.02": 0.02, "dense Adam, step 0.1": 0.1}
+EQUAL_WEIGHTS = "lambda 0.9, equal weights"  # nothing is learned about the rows: what lambda alone does
 # Options of the bilevel trainer
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
+    **{name: {**PUBLIC_CODES_OPTIONS, "selector_learning_rate": step} for name, step in LARGER_STEPS.items()},
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
+    EQUAL_WEIGHTS: {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0},
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": BY_THE_LOSS,
     "BDS (all defaults)": {},
@@ -73,21 +79,16 @@ REFINED_OPTIONS: dict[str, dict[str, Any]] = {
 FIRST_ROUND = "BDS (all defaults)"
 SECOND_ROUND = "second round: SFT on trusted and kept rows"  # as many as are good, as the alternatives are told
 PROVED_ROUND = "second round: SFT on trusted and proved rows"  # those that proved good, which nobody has to be told
-BDS_ROUND = "second round: BDS, from the first's weights"
-ROUNDS = (SECOND_ROUND, PROVED_ROUND, BDS_ROUND)
+ROUNDS = (SECOND_ROUND, PROVED_ROUND)
 METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS, *ALTERNATIVES)
-# What the sweeps run by default: the baselines, the public codes, ours, and the rankings that come closest
+# What is run by default away from the default problem
 MAIN_METHODS = (
-    "SFT",
-    "SFT, trusted rows mixed in",
-    "SFT on the trusted rows",
-    "SFT on the good rows (oracle)",
+    *(method for method in SFT_ROWS if method != RANDOM_ROWS),
     PUBLIC_CODES,
     "BMO",
     FIRST_ROUND,
-    SECOND_ROUND,
-    "loss difference",
-    "gradient influence (bergson)",
+    *ROUNDS,
+    *ALTERNATIVES,
 )
 
 
@@ -98,6 +99,8 @@ class _Run(NamedTuple):
     """The row ranking, shape (N,), higher is better."""
     trainer: BilevelSFTTrainer | None = None
     """Where there is one."""
+    kept: np.ndarray | None = None
+    """Positions of the rows that plain SFT was given of a ranking."""
 
 
 def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> dict[str, float]:
@@ -128,8 +131,10 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     if name in ALTERNATIVES:
         ALTERNATIVES[name].require()
         run = _run_alternative(name, args, problem, files)
-    elif name in SFT_ROWS or name in (SECOND_ROUND, PROVED_ROUND):
-        run = _run_sft(name, args, problem, files)
+    elif name in SFT_ROWS:
+        run = _run_sft(name, args, problem)
+    elif name in ROUNDS:
+        run = _run_second_round(name, args, problem, files)
     else:
         run = _run_bilevel(name, args, problem, files)
     result: dict[str, Any] = {
@@ -141,11 +146,9 @@ def run_method(name: str, args: DemoArguments, problem: Problem, files: SeedFile
     }
     if run.trainer is not None:
         result |= _measure_bilevel(run.trainer, problem)
-    elif name in ALTERNATIVES or name == SECOND_ROUND:
-        result["kept_questions"] = good.mean()
-    elif name == PROVED_ROUND:
-        proved = DataSelector.from_pretrained(files.first_round).proved_good.numpy()
-        result |= {"kept_questions": proved.mean(), "kept_right": (proved & good).mean()}
+    if run.kept is not None:
+        result |= {"kept_questions": len(run.kept) / len(good), "kept_right": good[run.kept].sum() / len(good)}
+        result["final_auroc_loss"] = area_under_roc(_by_loss(run.model, problem), good)
     result = {key: float(value) for key, value in result.items()}
     files.write_result(name, result, run.scores)
     return result
@@ -163,31 +166,38 @@ def train_sft(args: DemoArguments, problem: Problem, rows: Dataset, *callbacks: 
     return fine_tune(SFTTrainer, SFTConfig, args, problem, lambda share: None, train_dataset=rows, callbacks=callbacks)
 
 
-def _run_sft(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    if name in ROUNDS:
-        selector = DataSelector.from_pretrained(files.first_round)
-        num_kept = None if name == SECOND_ROUND else int(selector.proved_good.sum())
-        rows = _best_and_trusted(problem, selector.logits.numpy(), num_kept)
-    else:
-        rows = SFT_ROWS[name](problem, args.seed)
-    model = train_sft(args, problem, rows).model
-    return _Run(model, -completion_losses(model, problem.tokenizer, problem.faulty))
+def _run_sft(name: str, args: DemoArguments, problem: Problem) -> _Run:
+    model = train_sft(args, problem, SFT_ROWS[name](problem, args.seed)).model
+    return _Run(model, _by_loss(model, problem))
 
 
-def _best_and_trusted(problem: Problem, scores: np.ndarray, num_kept: int | None = None) -> Dataset:
-    """The best rows, by default as many as there are good ones, and the trusted rows."""
-    best = np.argsort(-scores, kind="stable")[: good_rows(problem).sum() if num_kept is None else num_kept]
-    return concatenate_datasets([problem.faulty.select(np.sort(best)), problem.trusted])
+def _by_loss(model: Any, problem: Problem) -> np.ndarray:
+    """The ranking by a model's loss, shape (N,), higher is better."""
+    return -completion_losses(model, problem.tokenizer, problem.faulty)
+
+
+def _run_second_round(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
+    """Ranked by the loss of the model that it ends with."""
+    selector = DataSelector.from_pretrained(files.first_round)
+    num_kept = good_rows(problem).sum() if name == SECOND_ROUND else int(selector.proved_good.sum())
+    kept = best_rows(selector.logits.numpy(), num_kept)
+    model = _train_on_kept(args, problem, kept)
+    return _Run(model, _by_loss(model, problem), kept=kept)
 
 
 def _run_alternative(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    """Another tool's ranking, then plain SFT on the best rows and the trusted ones."""
+    """Another tool's ranking, then plain SFT on the rows that it prefers and the trusted ones."""
     tool = ALTERNATIVES[name]
     earlier = {method: np.load(files.scores(method)) for method in tool.needs}
     scores = tool.rank(_context(args, problem, earlier))
     if not np.isfinite(scores).all():
         raise ValueError(f"The ranking of {name!r} has {(~np.isfinite(scores)).sum()} scores that are not finite.")
-    return _Run(train_sft(args, problem, _best_and_trusted(problem, scores)).model, scores)
+    kept = tool.kept(scores, good_rows(problem).sum())
+    return _Run(_train_on_kept(args, problem, kept), scores, kept=kept)
+
+
+def _train_on_kept(args: DemoArguments, problem: Problem, kept: np.ndarray) -> Any:
+    return train_sft(args, problem, concatenate_datasets([problem.faulty.select(kept), problem.trusted])).model
 
 
 def _context(args: DemoArguments, problem: Problem, earlier: dict[str, np.ndarray]) -> Context:
@@ -204,7 +214,7 @@ def _context(args: DemoArguments, problem: Problem, earlier: dict[str, np.ndarra
 
 
 def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFiles) -> _Run:
-    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS, BDS_ROUND: {}}[name]
+    options = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS}[name]
     num_trusted = min(options.get("batch_size", BATCH_SIZE), len(problem.trusted))
     trainer = fine_tune(
         BilevelSFTTrainer,
@@ -214,12 +224,13 @@ def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFi
         lambda share: None,
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
-        data_selector=DataSelector.from_pretrained(files.first_round) if name == BDS_ROUND else None,
         amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
         **{"per_device_validation_batch_size": num_trusted, **options},
     )
     if name == FIRST_ROUND:
         trainer.data_selector.save_pretrained(files.first_round)
+    if options.get("selector_learning_rate") == 0:  # no ranking was learned
+        return _Run(trainer.model, _by_loss(trainer.model, problem), trainer)
     return _Run(trainer.model, trainer.data_selector.logits.numpy().copy(), trainer)
 
 

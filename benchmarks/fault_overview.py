@@ -10,14 +10,22 @@ It prints the tables in Markdown, writes those that the page has a place for int
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alternatives import ALTERNATIVES
-from fault_methods import FIRST_ROUND, PROVED_ROUND, PUBLIC_CODES, SECOND_ROUND, SFT_ROWS
-from fault_settings import SeedFiles, Setting
+from alternatives import ALTERNATIVES, TRUSTED_LOSS
+from fault_methods import (
+    EQUAL_WEIGHTS,
+    FIRST_ROUND,
+    LARGER_STEPS,
+    PROVED_ROUND,
+    PUBLIC_CODES,
+    SECOND_ROUND,
+    SFT_ROWS,
+)
+from fault_settings import PROBLEMS, SeedFiles, Setting
 from fault_tables import BEST, WORST
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,31 +33,27 @@ from result_tables import fill_in, markdown, spread
 from trl import TrlParser
 
 
-PROBLEMS = {
-    "10 % bad": Setting(fault_ratio=0.1),
-    "30 % bad": Setting(fault_ratio=0.3),
-    "50 % bad": Setting(fault_ratio=0.5),
-    "70 % bad": Setting(),
-    "80 % bad": Setting(fault_ratio=0.8),
-    "random answers": Setting("random"),
-    "wrong rules": Setting("wrong_rule"),
-    "harmful compliance": Setting("harmful"),
-    "20 trusted rows": Setting(validation_size=20),
-    "50 trusted rows": Setting(validation_size=50),
-    "500 trusted rows": Setting(validation_size=500),
-}
 # All of them in one table would be too wide
 SHARES = [name for name, problem in PROBLEMS.items() if problem == Setting(fault_ratio=problem.fault_ratio)]
 OTHER_PROBLEMS = [name for name in PROBLEMS if name not in SHARES]
 OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
 RIVALS = ("loss difference", "loss of the trusted rows' model")
+ABOVE_ZERO = "loss difference above zero"
 CLOSEST = {
     **{method: method for method in (WORST, "SFT on the trusted rows", *RIVALS)},
     **OURS,
     "oracle": BEST,
 }
 # What BDS is held against: everything that is not told which rows are good
-OTHERS = (*(method for method in SFT_ROWS if method != BEST), PUBLIC_CODES, *ALTERNATIVES, "BMO")
+OTHERS = (
+    *(method for method in SFT_ROWS if method != BEST),
+    EQUAL_WEIGHTS,
+    PUBLIC_CODES,
+    *LARGER_STEPS,
+    *ALTERNATIVES,
+    "BMO",
+    "BMO, temperature 0.3",
+)
 METHODS = (*OTHERS, *OURS.values(), PROVED_ROUND, BEST)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4
@@ -77,40 +81,65 @@ class Results(NamedTuple):
         return values
 
     def differences(self, problem: str, method: str, other: str, measure: str) -> list[float]:
-        """Method minus other, on the seeds that have both."""
-        values, others = (self.values(problem, name, measure) for name in (method, other))
+        """
+        Method minus other, on the seeds that have both. The second round ranks by the loss of the model that it ends
+        with: the other's ranking is then that of its last model as well, not the one that it began with.
+        """
+        of_other = "final_auroc_loss" if (method, measure) == (SECOND_ROUND, "auroc") else measure
+        values, others = self.values(problem, method, measure), self.values(problem, other, of_other)
         return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def closest_table(results: Results, measure: str) -> str:
-    """Mean and range of the methods that come closest, over the seeds that all of them have."""
+def side_by_side(results: Results, columns: Mapping[str, tuple[str, str]]) -> str:
+    """Mean and range of a measure of a method per column, over the seeds that all of them have."""
     rows = []
     for problem in PROBLEMS:
-        by_method = [results.values(problem, method, measure) for method in CLOSEST.values()]
-        seeds = [seed for seed in by_method[0] if all(seed in values for values in by_method)]
-        if seeds:
-            rows.append(
-                [problem, str(len(seeds)), *(spread([values[seed] for seed in seeds]) for values in by_method)]
-            )
-    return markdown(["problem", "seeds", *CLOSEST], rows)
+        by_column = [results.values(problem, method, measure) for method, measure in columns.values()]
+        if seeds := [seed for seed in by_column[0] if all(seed in values for values in by_column)]:
+            cells = (spread([values[seed] for seed in seeds]) for values in by_column)
+            rows.append([problem, str(len(seeds)), *cells])
+    return markdown(["problem", "seeds", *columns], rows)
+
+
+def closest_table(results: Results, measure: str) -> str:
+    """
+    The methods that come closest. A second round ranks by the loss of its model, not by what it was made from: its
+    rankings are in `last_model_table`.
+    """
+    shown = {name: (method, measure) for name, method in CLOSEST.items()}
+    if measure != "exact_match":
+        del shown["second round"]
+    return side_by_side(results, shown)
+
+
+def last_model_table(results: Results) -> str:
+    """AUROC by the loss of the model that a method ends with."""
+    measures = {
+        "SFT": (WORST, "auroc"),
+        "SFT on the trusted rows": (TRUSTED_LOSS, "auroc"),
+        "loss difference, then SFT": (RIVALS[0], "final_auroc_loss"),
+        "BDS, then SFT (second round)": (SECOND_ROUND, "auroc"),
+    }
+    return side_by_side(results, measures)
 
 
 def difference_table(results: Results, measure: str) -> str:
     """Ours minus the rivals, seed by seed: mean, range, and in how many seeds ours is ahead."""
     pairs = {f"{name}, minus {rival}": (method, rival) for rival in RIVALS for name, method in OURS.items()}
-    rows = []
-    for problem in PROBLEMS:
-        cells = []
-        for method, rival in pairs.values():
-            differences = results.differences(problem, method, rival, measure)
-            if differences:
-                ahead = sum(difference > 0 for difference in differences)
-                limits = f"{min(differences):+.3f} to {max(differences):+.3f}"
-                cells.append(f"{statistics.mean(differences):+.3f} ({limits}), {ahead} of {len(differences)}")
-            else:
-                cells.append("-")
-        rows.append([problem, *cells])
-    return markdown(["problem", *pairs], rows)
+    columns = {}
+    for title, (method, rival) in pairs.items():
+        cells = [_difference(results.differences(problem, method, rival, measure)) for problem in PROBLEMS]
+        if set(cells) != {"-"}:
+            columns[title] = cells
+    return markdown(["problem", *columns], [[*row] for row in zip(PROBLEMS, *columns.values(), strict=True)])
+
+
+def _difference(differences: list[float]) -> str:
+    if not differences:
+        return "-"
+    ahead = sum(difference > 0 for difference in differences)
+    limits = f"{min(differences):+.3f} to {max(differences):+.3f}"
+    return f"{statistics.mean(differences):+.3f} ({limits}), {ahead} of {len(differences)}"
 
 
 def all_methods_table(results: Results, measure: str, problems: Sequence[str]) -> str:
@@ -129,32 +158,31 @@ def all_methods_table(results: Results, measure: str, problems: Sequence[str]) -
 
 def verdict_table(results: Results) -> str:
     """In how many problems ours is ahead in every seed, in some, or in none, of each other method."""
+    compared = {f"exact match: {name}": (method, "exact_match") for name, method in OURS.items()}
+    compared["AUROC: one run of BDS"] = (FIRST_ROUND, "auroc")
     rows = []
     for other in OTHERS:
         row = [other]
-        for measure in MEASURES:
-            for method in OURS.values():
-                counts = [0, 0, 0]
-                for problem in PROBLEMS:
-                    differences = results.differences(problem, method, other, measure)
-                    if differences:
-                        ahead = sum(difference > 0 for difference in differences)
-                        counts[0 if ahead == len(differences) else 1 if ahead else 2] += 1
-                row.append(" / ".join(map(str, counts)) if any(counts) else "-")
+        for method, measure in compared.values():
+            counts = [0, 0, 0]
+            for problem in PROBLEMS:
+                differences = results.differences(problem, method, other, measure)
+                if differences:
+                    ahead = sum(difference > 0 for difference in differences)
+                    counts[0 if ahead == len(differences) else 1 if ahead else 2] += 1
+            row.append(" / ".join(map(str, counts)) if any(counts) else "-")
         rows.append(row)
-    header = [f"{measure}: {name}" for measure in ("exact match", "AUROC") for name in OURS]
-    return markdown(["against", *header], rows)
+    return markdown(["against", *compared], rows)
 
 
-def proved_table(results: Results) -> str:
-    """A second round that keeps what proved good beside one that is told how many rows are good, on the same seeds."""
+def untold_table(results: Results, method: str, told: str) -> str:
+    """A method that finds by itself which rows to keep beside one told how many are good, on the same seeds."""
     rows = []
     for problem in PROBLEMS:
         kept, right, exact_match = (
-            results.values(problem, PROVED_ROUND, measure)
-            for measure in ("kept_questions", "kept_right", "exact_match")
+            results.values(problem, method, measure) for measure in ("kept_questions", "kept_right", "exact_match")
         )
-        of_told = results.values(problem, SECOND_ROUND, "exact_match")
+        of_told = results.values(problem, told, "exact_match")
         if seeds := [seed for seed in kept if seed in of_told]:
             cells = (
                 [kept[seed] for seed in seeds],
@@ -164,7 +192,7 @@ def proved_table(results: Results) -> str:
             )
             share_of_good = 1 - PROBLEMS[problem].fault_ratio
             rows.append([problem, str(len(seeds)), f"{share_of_good:.1f}", *(spread(values) for values in cells)])
-    header = ["rows that proved good", "good ones among them", "exact match: these kept", "told the number"]
+    header = ["rows kept", "good ones among them", "exact match", "told the number"]
     return markdown(["problem", "seeds", "good rows", *header], rows)
 
 
@@ -215,7 +243,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "verdict": verdict_table,
     **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
     "closest kept_good": lambda results: closest_table(results, "kept_good"),
-    "proved": proved_table,
+    "last model": last_model_table,
+    "proved": lambda results: untold_table(results, PROVED_ROUND, SECOND_ROUND),
+    "above zero": lambda results: untold_table(results, ABOVE_ZERO, RIVALS[0]),
     "unseen": unseen_table,
     **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
     **{

@@ -14,8 +14,6 @@ from trl_bilevel.demo.problem import DemoArguments, Problem, build_problem
 
 FAULT_RATIO = 0.7
 VALIDATION_SIZE = 200
-FAULT_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.8)
-VALIDATION_SIZES = (20, 50, 200, 500)
 RESULT_NAMES = re.compile(r"seed\d+/\d+ epochs, [^/]+\.json")
 """Files of results within the output folder."""
 
@@ -43,6 +41,22 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.family} faults, {self.fault_ratio:.0%} of the rows, {self.validation_size} trusted rows"
+
+
+PROBLEMS = {
+    "10 % bad": Setting(fault_ratio=0.1),
+    "30 % bad": Setting(fault_ratio=0.3),
+    "50 % bad": Setting(fault_ratio=0.5),
+    "70 % bad": Setting(),
+    "80 % bad": Setting(fault_ratio=0.8),
+    "random answers": Setting("random"),
+    "wrong rules": Setting("wrong_rule"),
+    "harmful compliance": Setting("harmful"),
+    "20 trusted rows": Setting(validation_size=20),
+    "50 trusted rows": Setting(validation_size=50),
+    "500 trusted rows": Setting(validation_size=500),
+}
+"""Those that the docs show, each with one thing changed."""
 
 
 def sweep(families: list[str], fault_ratios: list[float], validation_sizes: list[int]) -> list[Setting]:

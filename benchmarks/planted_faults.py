@@ -7,8 +7,8 @@ python benchmarks/planted_faults.py --output_dir planted_faults
 
 Results are written as they come: run it again after an interruption, or in parallel with other `--seeds`, and it goes
 on. `--methods` names a part of them, `--ablations` changes one option at a time instead; `--families`,
-`--fault_ratios` and `--validation_sizes` change the problem, one axis at a time; `--all true` runs all problems. With
-`--train false` it prints the tables of what is there and draws the figures.
+`--fault_ratios` and `--validation_sizes` change the problem, one axis at a time; `--all true` runs all eleven
+problems of the docs. With `--train false` it prints the tables of what is there and draws the figures.
 """
 
 import os
@@ -22,10 +22,9 @@ from fault_ablations import ABLATION_METHODS, ABLATION_OPTIONS, ABLATIONS, file_
 from fault_methods import MAIN_METHODS, METHODS, run_method
 from fault_settings import (
     FAULT_RATIO,
-    FAULT_RATIOS,
+    PROBLEMS,
     RESULT_NAMES,
     VALIDATION_SIZE,
-    VALIDATION_SIZES,
     SeedFiles,
     Setting,
     build_setting,
@@ -36,7 +35,6 @@ from result_files import collect, restore
 from rich.console import Console
 from trl import TrlParser
 
-from trl_bilevel.demo.planted_faults import FAMILIES
 from trl_bilevel.demo.problem import DemoArguments
 
 
@@ -55,7 +53,7 @@ class BenchmarkArguments:
         families (`list[str]`): what the bad answers are: `mixed`, `random`, `wrong_rule`, `harmful`.
         fault_ratios (`list[float]`): shares of bad rows, each with the default number of trusted rows.
         validation_sizes (`list[int]`): numbers of trusted rows, each with the default share of bad rows.
-        all (`bool`): all families, fault ratios and numbers of trusted rows.
+        all (`bool`): all of `PROBLEMS`, instead of what the three before say.
         num_train_epochs (`int`): epochs over the faulty rows.
         num_train_rows (`int`): faulty rows.
         num_held_out_rows (`int`): rows that the exact match is measured on.
@@ -89,14 +87,13 @@ class BenchmarkArguments:
             raise ValueError("Set `ablations` or `methods`, not both.")
         if "all" in self.ablations:
             self.ablations = list(ABLATIONS)
-        if self.all:
-            self.families = list(FAMILIES)
-            self.fault_ratios, self.validation_sizes = list(FAULT_RATIOS), list(VALIDATION_SIZES)
         if not self.fault_ratios and not self.validation_sizes:
             self.fault_ratios = [FAULT_RATIO]
 
     @property
     def settings(self) -> list[Setting]:
+        if self.all:
+            return [*PROBLEMS.values()]
         return sweep(self.families, self.fault_ratios, self.validation_sizes)
 
     def methods_of(self, setting: Setting) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from alternatives import ALTERNATIVES, SFT_LOSS, TRUSTED_LOSS, Context, tokenized
+from alternatives import ALTERNATIVES, SFT_LOSS, TRUSTED_LOSS, Context, best_rows, tokenized
 from datasets import Dataset, concatenate_datasets
 from fault_methods import FIRST_ROUND, PUBLIC_CODES, PUBLIC_CODES_OPTIONS, SECOND_ROUND
 from peft import LoraConfig
@@ -218,12 +218,13 @@ def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
     if name in SFT_ROWS:
         trainer = _sft(setup, SFT_ROWS[name](problem))
         return trainer, -losses(trainer, problem.training)
-    # SFT on the best rows of a ranking, as many as there are good ones, and the trusted ones
+    # SFT on the rows that a ranking prefers, and the trusted ones
     if name == SECOND_ROUND:
         ranking = np.load(_ranking_file(folder, FIRST_ROUND))
+        kept = best_rows(ranking, problem.good.sum())
     else:
         ranking = ALTERNATIVES[name].rank(_context(name, setup, folder))
-    kept = np.sort(np.argsort(-ranking, kind="stable")[: problem.good.sum()])
+        kept = ALTERNATIVES[name].kept(ranking, problem.good.sum())
     trainer = _sft(setup, concatenate_datasets([problem.training.select(kept), problem.trusted]))
     return trainer, -losses(trainer, problem.training) if name == SECOND_ROUND else ranking
 

@@ -19,13 +19,16 @@ def overview(monkeypatch):
 
 @pytest.fixture
 def results(overview):
-    """Ours, second round and loss difference by seed, on two problems."""
+    """By seed, on two problems: ours, second round and loss difference, whose last model ranks worst."""
     by_name = {}
 
     def add(suffix, ours, second, rival):
         for method, values in zip((*overview.OURS.values(), overview.RIVALS[0]), (ours, second, rival), strict=True):
             for seed, value in values.items():
-                by_name[f"seed{seed}/4 epochs, {method}{suffix}.json"] = {"exact_match": value, "auroc": 1 - value}
+                result = {"exact_match": value, "auroc": 1 - value}
+                if method == overview.RIVALS[0]:
+                    result["final_auroc_loss"] = 0.0
+                by_name[f"seed{seed}/4 epochs, {method}{suffix}.json"] = result
 
     add("", {0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5, 3: 0.1})
     add(" [20 trusted]", {0: 0.5, 1: 0.5}, {0: 0.25}, {0: 0.25, 1: 0.75})
@@ -45,19 +48,32 @@ def test_differences_are_of_the_seeds_that_both_have(overview, results):
     rows = _rows(overview.difference_table(results, "exact_match"))
     assert rows["70 % bad"][:2] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
     assert rows["20 trusted rows"][:2] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
-    assert rows["10 % bad"] == ["-"] * 4
-    assert rows["70 % bad"][2:] == ["-"] * 2  # nothing of the other rival
+    assert rows["10 % bad"] == ["-"] * 2
+    assert len(rows["70 % bad"]) == 2  # nothing of the other rival
+
+
+def test_a_second_round_is_held_against_the_last_model_of_a_rival(overview, results):
+    rows = _rows(overview.difference_table(results, "auroc"))
+    # 1 - 0.5 and 1 - 0.75, the rival's first rankings being 0.75 and 0.5
+    assert rows["70 % bad"][1] == "+0.375 (+0.250 to +0.500), 2 of 2"
+    assert results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc") == pytest.approx(
+        [-0.25, -0.2]
+    )
+    for method in ("SFT", "SFT on the trusted rows"):
+        results.by_name[f"seed0/4 epochs, {method}.json"] = {"auroc": 0.25}
+    assert _rows(overview.last_model_table(results))["70 % bad"] == ["1", "0.250", "0.250", "0.000", "0.500"]
 
 
 def test_verdict_counts_problems(overview, results):
     rows = _rows(overview.verdict_table(results))
     # ahead in every seed with 70 % bad rows; with 20 trusted ones in one of two seeds, and the second round in none
-    assert rows[overview.RIVALS[0]] == ["1 / 1 / 0", "1 / 0 / 1", "0 / 1 / 1", "0 / 0 / 2"]
-    assert rows["SFT"] == ["-"] * 4
+    assert rows[overview.RIVALS[0]] == ["1 / 1 / 0", "1 / 0 / 1", "0 / 1 / 1"]
+    assert rows["SFT"] == ["-"] * 3
 
 
 def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
     assert "70 % bad" not in overview.closest_table(results, "auroc")  # plain SFT is missing
+    assert "second round" not in _rows(overview.closest_table(results, "auroc"))["problem"]
     others = {
         "SFT": 0.1,
         "SFT on the trusted rows": 0.2,
@@ -82,7 +98,7 @@ def test_rows_that_proved_good_are_held_against_the_known_number(overview, resul
         measures = {"kept_questions": kept, "kept_right": right, "exact_match": exact_match}
         results.by_name[f"seed{seed}/4 epochs, {proved}.json"] = measures
     # Seed 4 has no run that was told the number
-    assert _rows(overview.proved_table(results))["70 % bad"] == [
+    assert _rows(overview.TABLES["proved"](results))["70 % bad"] == [
         "2", "0.3", "0.325 (0.250 to 0.400)", "0.875 (0.750 to 1.000)", "0.600 (0.500 to 0.700)",
         "0.625 (0.500 to 0.750)",
     ]  # fmt: skip
@@ -117,8 +133,9 @@ def test_figure_has_a_dot_per_seed(overview, results):
     assert not [x for axes in second for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
     dots = [x for line in exact_match.lines if line.get_marker() == "o" for x in line.get_xdata()]
     assert sorted(dots) == pytest.approx([-0.25, 0, 0.2, 0.25, 0.25, 0.25, 0.25])
-    mirrored = [x for line in auroc.lines if line.get_marker() == "o" for x in line.get_xdata()]
-    assert sorted(mirrored) == pytest.approx([-x for x in sorted(dots, reverse=True)])
+    ranked = [x for line in auroc.lines if line.get_marker() == "o" for x in line.get_xdata()]
+    # One run: the mirrored differences; the second round: its own values, as the rival's last model has 0
+    assert sorted(ranked) == pytest.approx(sorted([-0.25, -0.2, -0.25, 0.25, 0.5, 0.25, 0.75]))
 
 
 def test_page_is_filled_in(overview, results, tmp_path, capsys):

@@ -97,8 +97,11 @@ def test_sweep_changes_one_axis_at_a_time():
     ]  # fmt: skip
     benchmark = _load("planted_faults")
     assert benchmark.BenchmarkArguments().settings == [("mixed", 0.7, 200)]
-    assert len(benchmark.BenchmarkArguments(all=True).settings) == 4 * (5 + 4 - 1)
-    assert benchmark.BenchmarkArguments(all=True).methods_of(settings.Setting()) == list(benchmark.METHODS)
+    everything = benchmark.BenchmarkArguments(all=True)
+    assert len(set(everything.settings)) == 11
+    for setting in everything.settings:  # one change at a time
+        assert sum(ours != default for ours, default in zip(setting, settings.Setting(), strict=True)) <= 1
+    assert everything.methods_of(settings.Setting()) == list(benchmark.METHODS)
     with pytest.raises(ValueError, match="Unknown families"):
         settings.sweep(["magic"], [0.5], [])
     with pytest.raises(ValueError, match="`fault_ratios` must be larger than 0 and less than 1"):
@@ -241,11 +244,14 @@ def test_every_alternative_runs_once_and_the_tables_show_it(tmp_path, run_tiny):
     assert set(results) == {*methods} - missing
     for method, result in results.items():
         assert {"seconds", "cpu_seconds", "auroc", "kept_good", "exact_match"} <= set(result), method
-        assert ("kept_questions" in result) == (method in alternatives)
+        assert ("kept_questions" in result) == ("final_auroc_loss" in result) == (method in alternatives)
     # The losses' rankings say what SFT's and the trusted rows' say, and the difference what both say
     assert results["loss of the SFT model"]["auroc"] == results["SFT"]["auroc"]
     scores = {name: np.load(tmp_path / "seed3" / f"1 epochs, {name}.npy") for name in results}
     np.testing.assert_array_equal(scores["loss difference"], scores["SFT on the trusted rows"] - scores["SFT"])
+    above_zero = results["loss difference above zero"]
+    assert above_zero["kept_questions"] == (scores["loss difference"] > 0).mean()
+    assert above_zero["auroc"] == results["loss difference"]["auroc"]
     spent = results["SFT"]["seconds"] + results["SFT on the trusted rows"]["seconds"]
     assert results["loss difference"]["seconds"] > spent
 
@@ -260,6 +266,22 @@ def test_every_other_method_runs_once_and_nothing_runs_twice(tmp_path, run_tiny)
     before = [file.stat().st_mtime_ns for file in files]
     run_tiny(methods=others)
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_rows_kept_of_a_ranking():
+    alternative = _load("alternatives").Alternative(lambda context: np.zeros(4))
+    scores = np.array([0.5, 2.0, 0.0, 0.5])
+    assert alternative.kept(scores, num_good=2).tolist() == [0, 1]  # among equals the first
+    assert alternative._replace(threshold=0.0).kept(scores, num_good=2).tolist() == [0, 1, 3]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranking_without_learned_weights_is_that_of_the_loss(tmp_path, run_tiny):
+    methods = _load("fault_methods")
+    run_tiny(methods=[methods.EQUAL_WEIGHTS])
+    result = _results(tmp_path / "seed3")[methods.EQUAL_WEIGHTS]
+    assert result["effective_sample_ratio"] == pytest.approx(1)
+    assert result["auroc"] == pytest.approx(result["final_auroc_loss"])
 
 
 @pytest.mark.filterwarnings("ignore")
