@@ -5,7 +5,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from trl_bilevel import parquet_files
 from trl_bilevel.dataset_checks import hash_rows
-from trl_bilevel.parquet_files import read_column, write_parquet
+from trl_bilevel.parquet_files import pieces_of_stream, read_column, write_parquet
 
 
 NUM_ROWS = 95
@@ -65,6 +65,15 @@ def test_stream_of_unknown_types(tmp_path):
     assert write_parquet(stream, tmp_path / "rows.parquet") == 25
     written = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
     assert written.features == {"text": Value("string")}
+    # Empty at first in one column, and a key that not all rows have
+    rows = [{"a": None, "b": []}, {"a": "x", "b": ["y"], "c": 1}, {"a": None, "b": []}]
+    stream = IterableDataset.from_generator(lambda: iter(rows)).map(lambda row: {**row, "d": 2})
+    assert stream.features is None
+    write_parquet(stream, tmp_path / "gaps.parquet")
+    written = Dataset.from_parquet(str(tmp_path / "gaps.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert written.to_list() == [{"a": None, "b": [], "c": None, "d": 2, **row} for row in rows]
+    with pytest.raises(ValueError, match=r"Rows 2 to 3 do not fit .* `dataset.cast\(Features"):
+        list(pieces_of_stream(IterableDataset.from_generator(lambda: iter([*rows[1:], {"a": 1.5, "b": 2}])), 2))
     with pytest.raises(ValueError, match="The stream has no rows"):
         write_parquet(IterableDataset.from_generator(lambda: iter(())), tmp_path / "none.parquet")
 

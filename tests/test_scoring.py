@@ -1,20 +1,24 @@
 """Scores for unseen rows: against losses computed row by row; in chunks, resumed, streamed, by the command line."""
 
+import io
 import json
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import prompt_completion_rows
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Image, IterableDataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from trl_bilevel.amortized_selector import AmortizedSelector
+from trl_bilevel.amortized_selector import AmortizedSelector, load_amortized_selector
 from trl_bilevel.cli import main
+from trl_bilevel.scoring import RowScorer
+from trl_bilevel.value_function import load_value_function
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -113,6 +117,67 @@ def test_interrupted_scoring_goes_on(make_trainer, tmp_path, monkeypatch):
         trainer.score(unseen, tmp_path / "scored", chunk_size=5)
 
 
+def test_only_what_changed_is_scored_again(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    rows = prompt_completion_rows(23, offset=500).to_list()
+    scored = []
+    score = RowScorer.score
+
+    def count(self, chunk):
+        scored.append(len(chunk))
+        return score(self, chunk)
+
+    monkeypatch.setattr(RowScorer, "score", count)
+
+    def stream(num_rows):
+        return IterableDataset.from_generator(lambda: iter(rows[:num_rows]))
+
+    trainer.score(stream(12), tmp_path / "stream", chunk_size=5)
+    assert scored == [5, 5, 2]
+    grown = trainer.score(stream(23), tmp_path / "stream", chunk_size=5)  # by rows at its end
+    assert scored[3:] == [5, 5, 3]
+    assert grown["prompt"][:] == [row["prompt"] for row in rows]
+    assert len(trainer.score(stream(7), tmp_path / "stream", chunk_size=5)) == 7
+    scored.clear()
+    trainer.score(Dataset.from_list(rows), tmp_path / "rows", chunk_size=5)
+    corrected = [{**row, "completion": " 7"} if number == 8 else row for number, row in enumerate(rows)]
+    again = trainer.score(Dataset.from_list(corrected), tmp_path / "rows", chunk_size=5)
+    assert scored == [5, 5, 5, 5, 3, 5]
+    assert again["completion"][8] == " 7"
+    assert again["score"][:] == trainer.score(Dataset.from_list(corrected), chunk_size=5)["score"][:]
+
+
+def test_parts_of_another_run_in_the_folder_are_gone(make_trainer, make_lora_trainer):
+    trainer = make_lora_trainer(amortized_selector=True, max_steps=1, save_steps=1)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    names = ("_value_function.safetensors", "amortized_selector.safetensors")
+    trainer.save_model()
+    assert [name for name in names if (folder / name).is_file()] == [*names]
+    plain = make_lora_trainer(value_function="none", max_steps=1, output_dir=str(folder))
+    plain.save_model()
+    assert not [name for name in names if (folder / name).exists()]
+    assert load_value_function(folder, plain.model) is None
+    assert load_amortized_selector(folder) is None
+
+
+def test_rows_with_an_image_go_on(make_trainer, tmp_path, monkeypatch):
+    """An image is an object at another address whenever it is read."""
+    trainer = make_trainer(max_steps=1)
+    rows = prompt_completion_rows(4, offset=500)
+    pictures = [{"bytes": png, "path": None} for png in map(_png, range(4))]
+    rows = rows.add_column("picture", pictures).cast_column("picture", Image())
+    first = trainer.score(rows, tmp_path / "rows", chunk_size=2)["score"][:]
+    monkeypatch.setattr(RowScorer, "score", None)  # nothing is left to score
+    assert trainer.score(rows, tmp_path / "rows", chunk_size=2)["score"][:] == first
+
+
+def _png(shade):
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (2, 2), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_stream_in_and_out(make_trainer, tmp_path):
     """Rows are pulled chunk by chunk, never all at once, and equal those of the dataset."""
     trainer = make_trainer(max_steps=1)
@@ -141,7 +206,7 @@ def test_columns_of_a_stream_are_those_of_its_first_chunk(make_trainer, tmp_path
     scored = trainer.score(IterableDataset.from_generator(lambda: iter(rows)), tmp_path / "scored", chunk_size=2)
     assert scored["note"] == [1, 1, None, 1]
     rows[3]["note"] = "no number"
-    with pytest.raises(ValueError, match="Rows 2 to 4 do not fit the columns of the first chunk"):
+    with pytest.raises(ValueError, match="Rows 2 to 4 do not fit the columns of those before"):
         trainer.score(IterableDataset.from_generator(lambda: iter(rows)), tmp_path / "other", chunk_size=2)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
-from .amortized_selector import AmortizedSelector
+from .amortized_selector import AMORTIZED_SELECTOR_FILE_NAME, AmortizedSelector
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoint_files import (
     LAST_INTACT,
@@ -32,7 +32,7 @@ from .run_settings import write_run_settings
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
 from .training_metrics import TrainingMetrics
-from .value_function import ValueFunction
+from .value_function import VALUE_FUNCTION_FILE_NAME, ValueFunction
 from .weight_history import WeightHistory
 from .whole_files import disk_full_explained
 
@@ -114,9 +114,15 @@ class Checkpointing(SFTTrainer):
             directory = output_dir or self.args.output_dir
             os.makedirs(directory, exist_ok=True)
             self.data_selector.save(directory, self._rows_fingerprint)
-            for part in (self.value_function, self.amortized_selector):
+            parts = {
+                VALUE_FUNCTION_FILE_NAME: self.value_function,
+                AMORTIZED_SELECTOR_FILE_NAME: self.amortized_selector,
+            }
+            for name, part in parts.items():
                 if part is not None:
                     part.save(directory)
+                else:  # of another run in the same folder
+                    (Path(directory) / name).unlink(missing_ok=True)
             self._save_records(directory)
             write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)

@@ -83,7 +83,37 @@ def read_pieces(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:
                     piece = rows.data.fast_slice(start, min(_ROWS_PER_PIECE, len(rows.data) - start))
                     yield piece.take(numbers[first:last] - start)
             return
-    yield from rows.with_format("arrow").iter(batch_size=_ROWS_PER_PIECE)
+    if rows.features is None:  # each piece would have types of its own
+        yield from (piece.data.table for piece in pieces_of_stream(rows, _ROWS_PER_PIECE))
+    else:
+        yield from rows.with_format("arrow").iter(batch_size=_ROWS_PER_PIECE)
+
+
+def pieces_of_stream(rows: IterableDataset, num_rows: int) -> Iterator[Dataset]:
+    """
+    The rows of a stream, all pieces with the same columns: those of the stream, or, if it does not say, of the first
+    piece.
+
+    Args:
+        rows (`datasets.IterableDataset`): a key that a row lacks is empty there.
+        num_rows (`int`): of a piece; the last may have less.
+
+    Raises:
+        `ValueError`: for rows that do not fit the columns.
+    """
+    features, start = rows.features, 0
+    stream = iter(rows.with_format(None))
+    while piece := list(itertools.islice(stream, num_rows)):
+        names = dict.fromkeys(features or (name for row in piece for name in row))
+        try:
+            dataset = Dataset.from_list([{**dict.fromkeys(names), **row} for row in piece], features=features)
+        except (pa.ArrowInvalid, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Rows {start} to {start + len(piece)} do not fit the columns of those before ({error}). Give the "
+                "stream its features: `dataset.cast(Features(...))`."
+            ) from error
+        features, start = dataset.features, start + len(piece)
+        yield dataset
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import (
     Dataset,
-    Features,
     IterableDataset,
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -29,6 +27,7 @@ from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_
 from .batch_layout import PaddedLayout, padded
 from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
+from .parquet_files import pieces_of_stream
 from .run_settings import row_options
 from .value_function import ValueFunction
 from .whole_files import damage_explained, write_whole
@@ -36,6 +35,7 @@ from .whole_files import damage_explained, write_whole
 
 SCORE_COLUMNS = ("score", "loss", "value_loss", "selector_score")
 _MANIFEST_NAME = "scoring.json"
+_DIGEST = b"rows_digest"
 
 
 class RowScorer:
@@ -141,7 +141,6 @@ class RowScorer:
 
 class _Chunk(NamedTuple):
     number: int
-    start: int
     rows: Dataset
 
 
@@ -169,15 +168,16 @@ def score_dataset(
     if not isinstance(dataset, Dataset):
         raise ValueError("Streamed rows are written as they are scored: give `output_dir`.")
     _check_dataset(dataset, chunk_size)
-    chunks = _chunks_of_dataset(dataset, chunk_size, done=lambda number: False)
-    return Dataset(pa.concat_tables([table for _, table in _score_chunks(scorer, chunks, len(dataset))]))
+    scored = _score_chunks(scorer, dataset, chunk_size, is_scored=lambda chunk: False)
+    return Dataset(pa.concat_tables([table for _, table in scored]))
 
 
 def score_to_files(
     scorer: RowScorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike, chunk_size: int
 ) -> list[Path]:
     """
-    Score every row and write each chunk as soon as it is scored; a second call goes on after those that are there.
+    Score every row and write each chunk as soon as it is scored. A second call scores only what is missing, what has
+    changed and what a stream has more.
 
     Args:
         scorer, dataset, output_dir, chunk_size: see [`score_dataset`].
@@ -195,16 +195,16 @@ def score_to_files(
         folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
     )
 
-    def done(number: int) -> bool:
-        return _chunk_path(folder, number).is_file()
+    files = []
 
-    if isinstance(dataset, Dataset):
-        chunks, total = _chunks_of_dataset(dataset, chunk_size, done), len(dataset)
-    else:
-        chunks, total = _chunks_of_stream(dataset, chunk_size, done, _chunk_path(folder, 0)), None
-    for number, table in _score_chunks(scorer, chunks, total):
-        write_whole(_chunk_path(folder, number), partial(pa.parquet.write_table, table))
-    return sorted(folder.glob("scored-*.parquet"))
+    def is_scored(chunk: _Chunk) -> bool:
+        files.append(_chunk_path(folder, chunk.number))
+        return _read_digest(files[-1]) == _digest(chunk.rows)
+
+    for chunk, table in _score_chunks(scorer, dataset, chunk_size, is_scored):
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _digest(chunk.rows)})
+        write_whole(_chunk_path(folder, chunk.number), partial(pa.parquet.write_table, table))
+    return files
 
 
 def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
@@ -219,54 +219,37 @@ def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
         )
 
 
-def _score_chunks(scorer: RowScorer, chunks: Iterator[_Chunk], total: int | None) -> Iterator[tuple[int, pa.Table]]:
+def _score_chunks(
+    scorer: RowScorer,
+    dataset: Dataset | IterableDataset,
+    chunk_size: int,
+    is_scored: Callable[[_Chunk], bool],
+) -> Iterator[tuple[_Chunk, pa.Table]]:
+    total = len(dataset) if isinstance(dataset, Dataset) else None
     had_progress_bars = not are_progress_bars_disabled()
     disable_progress_bars()  # of the preparation of every single chunk
     try:
         with tqdm(total=total, unit="row", desc="Scoring") as progress:
-            for chunk in chunks:
-                progress.update(chunk.start - progress.n)  # chunks that were there
-                plain = chunk.rows.with_format(None).flatten_indices()
-                table = plain.data.table
-                for name, values in scorer.score(chunk.rows).items():
-                    table = table.append_column(name, pa.array(values))
-                yield chunk.number, table
+            for chunk in _chunks(dataset, chunk_size):
+                if not is_scored(chunk):
+                    plain = chunk.rows.with_format(None).flatten_indices()
+                    table = plain.data.table
+                    for name, values in scorer.score(chunk.rows).items():
+                        table = table.append_column(name, pa.array(values))
+                    yield chunk, table
                 progress.update(len(chunk.rows))
     finally:
         if had_progress_bars:
             enable_progress_bars()
 
 
-def _chunks_of_dataset(dataset: Dataset, chunk_size: int, done: Callable[[int], bool]) -> Iterator[_Chunk]:
-    for number, start in enumerate(range(0, len(dataset), chunk_size)):
-        if not done(number):
-            yield _Chunk(number, start, dataset.select(range(start, min(start + chunk_size, len(dataset)))))
-
-
-def _chunks_of_stream(
-    dataset: IterableDataset, chunk_size: int, done: Callable[[int], bool], first_file: Path
-) -> Iterator[_Chunk]:
-    features = dataset.features
-    number = 0
-    while done(number):
-        number += 1
-    if features is None and number:
-        stored = Features.from_arrow_schema(pa.parquet.read_schema(first_file))
-        features = Features({name: kind for name, kind in stored.items() if name not in SCORE_COLUMNS})
-    stream = iter(dataset.skip(number * chunk_size))
-    while rows := list(islice(stream, chunk_size)):
-        names = dict.fromkeys(features or (name for row in rows for name in row))
-        rows = [{**dict.fromkeys(names), **row} for row in rows]  # a key that a row lacks is empty there
-        try:
-            chunk = Dataset.from_list(rows, features=features)
-        except (pa.ArrowInvalid, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Rows {number * chunk_size} to {number * chunk_size + len(rows)} do not fit the columns of the first "
-                f"chunk ({error}). Give the stream its features: `dataset.cast(Features(...))`."
-            ) from error
-        features = chunk.features
-        yield _Chunk(number, number * chunk_size, chunk)
-        number += 1
+def _chunks(dataset: Dataset | IterableDataset, chunk_size: int) -> Iterator[_Chunk]:
+    if isinstance(dataset, Dataset):
+        for number, start in enumerate(range(0, len(dataset), chunk_size)):
+            yield _Chunk(number, dataset.select(range(start, min(start + chunk_size, len(dataset)))))
+    else:
+        for number, rows in enumerate(pieces_of_stream(dataset, chunk_size)):
+            yield _Chunk(number, rows)
 
 
 def _chunk_path(folder: Path, number: int) -> Path:
@@ -275,10 +258,24 @@ def _chunk_path(folder: Path, number: int) -> Path:
 
 def _fingerprint_rows(dataset: Dataset | IterableDataset) -> str:
     """Of the first row, and for a dataset of the number of rows and the last one too."""
-    marks = [next(iter(dataset))]
-    if isinstance(dataset, Dataset):
-        marks += [len(dataset), dataset[-1]]
-    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+    if not isinstance(dataset, Dataset):
+        return _digest(next(pieces_of_stream(dataset, 1)))
+    marks = _digest(dataset.select([0, len(dataset) - 1]))
+    return hashlib.sha256(f"{marks} {len(dataset)}".encode()).hexdigest()[:16]
+
+
+def _digest(rows: Dataset) -> str:
+    """Of the rows as they are stored: what is decoded, such as an image, has no text of its own."""
+    stored = rows.with_format("arrow")[:].to_pylist()
+    return hashlib.sha256(repr(stored).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _read_digest(path: Path) -> str | None:
+    """Of the rows that a file has scores of, `None` if it is not there."""
+    if not path.is_file():
+        return None
+    with damage_explained(path, "Delete it, and its rows are scored again."):
+        return (pa.parquet.read_schema(path).metadata or {}).get(_DIGEST, b"").decode()
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
