@@ -33,6 +33,12 @@ class FilteringConfig(BilevelSFTConfig):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, FilteringConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,

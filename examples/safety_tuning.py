@@ -34,6 +34,12 @@ class SafetyConfig(BilevelSFTConfig):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, SafetyConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,

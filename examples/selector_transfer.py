@@ -28,6 +28,7 @@ class ExampleArguments(ScriptArguments):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, BilevelSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    loading = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     datasets = {
         "train_dataset": load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
         "validation_dataset": load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     selector = f"{training_args.output_dir}/selector"
     small = BilevelSFTTrainer(
         model=script_args.small_model_name_or_path,
-        args=replace(training_args, output_dir=f"{training_args.output_dir}/small"),
+        args=replace(training_args, output_dir=f"{training_args.output_dir}/small", model_init_kwargs=loading),
         peft_config=get_peft_config(model_args),
         **datasets,
     )
@@ -46,7 +47,11 @@ if __name__ == "__main__":
 
     large = BilevelSFTTrainer(
         model=model_args.model_name_or_path,
-        args=replace(training_args, selector_learning_rate=0.0),  # keeps the weights; leave it out to go on learning
+        args=replace(
+            training_args,
+            selector_learning_rate=0.0,  # keeps the weights; leave it out to go on learning
+            model_init_kwargs={"revision": model_args.model_revision, **loading},
+        ),
         data_selector=selector,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),

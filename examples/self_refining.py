@@ -31,6 +31,12 @@ class ExampleArguments(ScriptArguments):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, BilevelSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     trusted = load_dataset(script_args.validation_dataset_name)

@@ -38,6 +38,12 @@ class ExampleArguments(ScriptArguments):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, SFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     curated = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
     num_kept = round(script_args.keep_ratio * len(curated))
