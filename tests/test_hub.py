@@ -28,7 +28,7 @@ from trl_bilevel import BilevelSFTConfig, DataSelector, dataset_card, load_curat
 from trl_bilevel.cli import main
 from trl_bilevel.hub import publish_curated_dataset
 from trl_bilevel.hub_errors import PublishError
-from trl_bilevel.run_records import curate_run, describe_dataset, describe_run
+from trl_bilevel.run_records import curate_run, describe_dataset, describe_run, source_text
 from trl_bilevel.scripts import sft
 
 
@@ -108,6 +108,33 @@ def test_what_was_written_by_hand_stays_in_the_card(hub, trained):
     assert card.text.count("trl-bilevel: start") == 1
     assert "6 of 24 rows" in card.text
     assert "12 of 24 rows" not in card.text
+
+
+@pytest.mark.parametrize("config", [{"config_name": "default"}, {"config_name": "mine", "default": True}])
+def test_a_dataset_that_a_repository_has_stays_its_default(hub, trained, tmp_path, config):
+    """As in the repository of the mixture itself. With two defaults nothing in it could be loaded."""
+    api = HfApi()
+    api.create_repo(REPO, repo_type="dataset")
+    own = prompt_completion_rows(3, 500)
+    own.to_parquet(tmp_path / "rows.parquet")
+    data_files = [{"split": "train", "path": "data/train-*"}]
+    card = DatasetCard(f"---\n{json.dumps({'configs': [{**config, 'data_files': data_files}]})}\n---\n# Mine\n")
+    for name, content in (("README.md", str(card).encode()), ("data/train-0.parquet", tmp_path / "rows.parquet")):
+        api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=REPO, repo_type="dataset")
+    for _ in range(2):
+        trained.push_curated_dataset(REPO, keep_ratio=0.5)
+        assert _load().to_list() == own.to_list()
+        assert _load(config["config_name"]).to_list() == own.to_list()
+        assert _load("curated").to_list() == trained.curate(keep_ratio=0.5).to_list()
+        assert len(load_curated_dataset(REPO, keep_ratio=0.25)) == 6
+    assert f'load_dataset("{REPO}", "curated", split="train")' in _card(hub).text
+
+
+def test_examples_in_a_card_show_conversations_of_any_kind():
+    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    assert dataset_card._plain(shared) == "human: Hi / gpt: Hello"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert dataset_card._plain([{"role": "user", "content": "1 + 1"}, call]) == f"user: 1 + 1 / {call}"
 
 
 def test_card_says_what_it_must(hub, trained):
@@ -279,6 +306,28 @@ def test_where_a_dataset_comes_from_is_recorded(hub, trained, make_trainer):
     assert commit.oid in card.text
     assert f"--dataset_name {REPO} \\\n    --dataset_config curated" in card.text
     assert (card.data.license, card.data.language) == ("mit", ["en"])  # carried from the source
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda rows: rows.filter(lambda row: row["sample_id"] % 2 == 0),
+        lambda rows: rows.select(range(10)),
+        lambda rows: rows.shuffle(seed=0),
+        lambda rows: rows.map(lambda row: {"prompt": row["prompt"].upper()}),
+        lambda rows: rows.train_test_split(0.5, seed=0)["train"],
+    ],
+    ids=["filtered", "first", "shuffled", "changed", "half"],
+)
+def test_rows_selected_or_changed_are_not_the_whole_repository(hub, trained, derive):
+    trained.push_curated_dataset("me/first", license="mit")
+    source = load_dataset("me/first", split="train")
+    assert not describe_dataset(source)["is_derived"]
+    assert not describe_dataset(source.select_columns(["prompt", "completion"]))["is_derived"]
+    description = describe_dataset(derive(source))
+    assert description["is_derived"]
+    assert source_text(description).startswith("rows selected from or made of `me/first` (revision")
+    assert dataset_card._dataset_options(description, "dataset", "split", "ROWS") == {"dataset_name": "ROWS"}
 
 
 def test_all_sources_of_a_mixture_are_recorded(hub, trained, make_trainer, caplog):

@@ -17,6 +17,7 @@ from .citation import PAPER_CITATION, PAPER_ID
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .parquet_files import column
 from .refined_rows import ORIGINAL_COLUMN
+from .report_rows import read_message
 from .run_records import source_ids, source_text
 
 
@@ -154,7 +155,7 @@ def _merge(metadata: dict[str, Any], ours: str, old_card: DatasetCard | None) ->
 
 
 def _merge_configs(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours, with the splits that other runs published, then those of others."""
+    """Ours, with the splits that other runs published, then those of others, whose default stays the default."""
     published = {entry["split"] for config in ours for entry in config["data_files"]}
     new, old = ({config["config_name"]: config for config in configs} for configs in (ours, found))
     merged = []
@@ -167,7 +168,11 @@ def _merge_configs(found: list[dict[str, Any]], ours: list[dict[str, Any]]) -> l
             splits = {split: entry for split, entry in splits.items() if split not in published}
         if splits:
             merged.append({**(new[name] if name in new else old[name]), "data_files": list(splits.values())})
-    return merged + [other for other in found if other["config_name"] not in CONFIGS]
+    others = [other for other in found if other["config_name"] not in CONFIGS]
+    if any(other.get("default") or other["config_name"] == "default" for other in others):
+        for config in merged:  # with two of them nothing in the repository could be loaded
+            config.pop("default", None)
+    return merged + others
 
 
 def _configs(scored: Dataset, has_refined: bool) -> list[dict[str, Any]]:
@@ -224,7 +229,12 @@ def _dataset_options(description: dict[str, Any], prefix: str, split_option: str
     """Options that load a described dataset again; a placeholder if it is not one repository's."""
     split = description["split"]
     sources = description["sources"]
-    is_whole = len(sources) == 1 and not description["has_other_rows"] and (split is None or split.isidentifier())
+    is_whole = (
+        len(sources) == 1
+        and not description["has_other_rows"]
+        and not description.get("is_derived")
+        and (split is None or split.isidentifier())
+    )
     if not is_whole or _HASHED_CONFIG.fullmatch(sources[0]["config"]):
         return {f"{prefix}_name": placeholder}
     (source,) = sources
@@ -300,7 +310,7 @@ def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[st
 
 def _plain(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return " / ".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in value)
+        return " / ".join(": ".join(read_message(entry) or [str(entry)]) for entry in value)
     return "" if value is None else str(value)
 
 

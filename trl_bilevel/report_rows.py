@@ -65,6 +65,22 @@ def plain_text(value: Any, longest: int = LONGEST_TEXT) -> tuple[str, str]:
     return "".join(shown), note
 
 
+def read_message(entry: dict[str, Any]) -> tuple[str, str] | None:
+    """
+    Role and text of a message, `None` for anything else, such as a call of a tool.
+
+    Example:
+
+    ```python
+    >>> read_message({"from": "human", "value": "Hi"})
+    ('human', 'Hi')
+
+    ```
+    """
+    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    return (role, content) if isinstance(role, str) and isinstance(content, str) else None
+
+
 def cell_fields(name: str, value: Any) -> list[Field]:
     """
     A cell as fields: each message of a conversation is one.
@@ -83,10 +99,9 @@ def cell_fields(name: str, value: Any) -> list[Field]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         found = []
         for message in value[:_MOST_ITEMS]:
-            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-            is_message = isinstance(role, str) and isinstance(content, str)
-            title = f"{label}: {plain_text(role, longest=20)[0]}" if is_message else label
-            found.append(Field(title, *plain_text(content if is_message else message)))
+            role, content = read_message(message) or (None, message)
+            title = label if role is None else f"{label}: {plain_text(role, longest=20)[0]}"
+            found.append(Field(title, *plain_text(content)))
         if len(value) > _MOST_ITEMS:
             found.append(Field(label, "…", f"the first {_MOST_ITEMS} of {len(value):,} entries"))
         return found

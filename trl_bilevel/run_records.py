@@ -94,7 +94,7 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
     rows_folder = next(
         (
             folder / ROWS_FOLDER_NAME
-            for folder in (directory, directory.parent)
+            for folder in (directory, Path(os.path.abspath(directory)).parent)  # `.` has no parent
             if (folder / ROWS_FOLDER_NAME).is_dir()
         ),
         None,
@@ -262,10 +262,21 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     return {
         "sources": [source for number, source in enumerate(sources) if source not in sources[:number]],
         "has_other_rows": None in matches,  # not of the Hub
+        "is_derived": _is_derived(dataset),
         "split": str(dataset.split) if dataset.split else None,
         "license": dataset.info.license or None,
         "num_rows": len(dataset),
     }
+
+
+def _is_derived(dataset: Dataset) -> bool:
+    """Whether rows of a repository were selected, put into another order or changed."""
+    split = (dataset.info.splits or {}).get(str(dataset.split))
+    return (
+        dataset._indices is not None
+        or (split is not None and split.num_examples != len(dataset))
+        or any(Path(file["filename"]).name.startswith("cache-") for file in dataset.cache_files)
+    )
 
 
 def source_ids(description: dict[str, Any]) -> list[str]:
@@ -294,6 +305,8 @@ def source_text(description: dict[str, Any]) -> str:
     '`me/a` (revision `3f`), and rows that are not on the Hub'
     >>> source_text({"sources": [], "has_other_rows": True})
     'not on the Hub'
+    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}], "has_other_rows": False, "is_derived": True})
+    'rows selected from or made of `me/a` (revision `3f`)'
 
     ```
     """
@@ -302,4 +315,6 @@ def source_text(description: dict[str, Any]) -> str:
         return "a stream, whose source is not recorded"
     if not names:
         return "not on the Hub"
-    return ", ".join(names) + (", and rows that are not on the Hub" if description["has_other_rows"] else "")
+    derived = "rows selected from or made of " if description.get("is_derived") else ""
+    others = ", and rows that are not on the Hub" if description["has_other_rows"] else ""
+    return f"{derived}{', '.join(names)}{others}"
