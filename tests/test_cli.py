@@ -139,6 +139,33 @@ def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path, monkeypatch):
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
 
 
+def test_mixture_without_rows_for_the_evaluation(files, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
+    options = _training_options(files, tmp_path / "out")
+    del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
+    with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]\. `test_split_size` sets rows apart"):
+        _sft("--config", str(config), *options, "--eval_strategy", "steps", "--eval_steps", "2")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", b"", "is empty"),
+        ("header.csv", b"prompt,completion\n", "is empty"),
+        ("list.json", b"[]", "is empty"),
+        ("broken.jsonl", b'{"prompt": 1}\n{"half', "cannot be read"),
+        ("broken.parquet", b"PAR1 and so on", "cannot be read"),
+        ("latin.jsonl", '{"prompt": "ü"}'.encode("latin-1"), "cannot be read"),
+    ],
+)
+def test_files_without_rows_or_damaged(tmp_path, name, content, message, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"The dataset .*{name} {message}"):
+        load_split(str(tmp_path / name), None, "train", streaming=streaming)
+
+
 def test_sft_refuses_unknown_options_before_training(files, tmp_path):
     result = _run(COMMAND, "sft", *_training_options(files, tmp_path / "out"), "--validation_wieght", "0.5")
     assert result.returncode != 0
@@ -211,6 +238,15 @@ def test_local_folders_and_files_load(files, tmp_path):
     assert load_split(str(tmp_path / "splits"), None, "test").to_list() == rows
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
         load_split(str(tmp_path / "splits"), None, "train")
+    prompt_completion_rows(10, 1000).save_to_disk(tmp_path / "one")
+    assert load_split(str(tmp_path / "one"), None, "train").to_list() == rows
+    with pytest.raises(ValueError, match=r"one has no split 'test', only \['train'\]"):
+        load_split(str(tmp_path / "one"), None, "test")
+    prompt_completion_rows(10, 1000).to_json(tmp_path / "rows.jsonl")
+    test = load_dataset("json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "cache"))
+    test["test"].save_to_disk(tmp_path / "one_test")
+    for split in ("train", "test"):  # a folder of one split need not say which
+        assert load_split(str(tmp_path / "one_test"), None, split).to_list() == rows
     (tmp_path / "rows.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"rows.txt is not a dataset file. Use one that ends with .csv, .json"):
         load_split(str(tmp_path / "rows.txt"), None, "train")

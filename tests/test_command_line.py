@@ -148,6 +148,26 @@ def test_errors_are_one_line_with_the_cure(run_dir, tmp_path, hub, options, mess
     assert not (tmp_path / "new").exists()
 
 
+def test_cut_is_proposed_where_a_row_has_proved_good(make_trainer, tmp_path, monkeypatch, capsys):
+    """And a checkpoint is the folder that one stands in."""
+    for rate, proposed in ((0.0, False), (1e3, True)):
+        trainer = make_trainer(
+            selector_activation="sigmoid",
+            selector_learning_rate=rate,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=6,
+        )
+        trainer.train()
+        monkeypatch.chdir(Path(trainer.args.output_dir) / "checkpoint-6")
+        assert main(["curate", ".", "--output_dir", str(tmp_path / str(rate))]) == 0
+        printed = capsys.readouterr().out
+        assert "rows have proved good" in printed
+        assert ("--keep_ratio" in printed) == proposed
+        assert main(["report", ".", "--output", str(tmp_path / "report.html")]) == 0
+        assert ("keeps about as many" in (tmp_path / "report.html").read_text()) == proposed
+
+
 def test_yaml_that_is_none(tmp_path):
     (tmp_path / "options.yaml").write_text("run_dir: [")
     with pytest.raises(SystemExit, match=r"^error: while parsing a flow"):

@@ -1,8 +1,11 @@
 """Datasets named on the command line: on the Hub, in a local folder, or in a file."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -25,27 +28,39 @@ def load_split(name: str, config: str | None, split: str, streaming: bool = Fals
         `datasets.Dataset`, or `datasets.IterableDataset` of a stream: the split.
 
     Raises:
-        `ValueError`: for a file of another type or one that cannot be read, or a split that does not exist.
+        `ValueError`: for a file of another type, one that cannot be read or has no rows, or a split that does not
+            exist.
         `FileNotFoundError`: if there is no such dataset.
     """
-    try:
+    path = Path(name)
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
+    with _unreadable_explained(name):
         loaded = _load(name, config, streaming)
-    except DatasetGenerationError as error:
-        raise ValueError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
+    # A folder of one split need not say which
+    splits = {"train", str(loaded.split or "train").partition("[")[0]} if isinstance(loaded, Dataset) else {*loaded}
+    if split not in splits:
+        raise ValueError(f"The dataset {name} has no split {split!r}, only {sorted(splits)}.")
     if isinstance(loaded, (DatasetDict, IterableDatasetDict)):
-        if split not in loaded:
-            raise ValueError(f"The dataset {name} has no split {split!r}, only {sorted(loaded)}.")
         loaded = loaded[split]
+    with _unreadable_explained(name):
+        next(iter(loaded))  # before a model is loaded
     return loaded
 
 
-def _load(
-    name: str, config: str | None, streaming: bool
-) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+@contextmanager
+def _unreadable_explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetGenerationError, StopIteration, ValueError, pa.ArrowException) as error:
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {name} is empty.") from error
+        raise ValueError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
+
+
+def _load(name: str, config: str | None, streaming: bool) -> Dataset | DatasetDict | IterableDatasetDict:
     path = Path(name)
     if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise ValueError(f"{name} is not a dataset file. Use one that ends with {', '.join(sorted(_BUILDERS))}.")
         return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
     if path.suffix in _BUILDERS and not path.exists():  # no name on the Hub: not worth a connection, and its retries
         similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)

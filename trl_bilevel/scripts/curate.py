@@ -46,9 +46,10 @@ def main(args: CurateArguments) -> None:
     print(f"🧹 Curated dataset of {len(curated):,} rows saved to {path.parent}.")
     if args.keep_ratio is None:
         num_good = count_proved_good(args.run_dir)
+        cut = f": --keep_ratio {num_good / len(curated):.3g} keeps about as many" if num_good else ""
         print(
-            f"⚖️ {num_good:,} rows have proved good, their weights risen above that of one of which nothing is known: "
-            f"--keep_ratio {num_good / len(curated):.3g} keeps about as many."
+            f"⚖️ {num_good:,} rows have proved good, their weights risen above that of one of which nothing is known"
+            f"{cut}."
         )
 
 

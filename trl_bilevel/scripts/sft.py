@@ -135,9 +135,9 @@ def _load_datasets(
     eval_dataset = None
     if dataset_args.datasets:
         mixture = get_dataset(dataset_args)
-        train_dataset = mixture[script_args.dataset_train_split]
+        train_dataset = _split_of(mixture, script_args.dataset_train_split)
         if training_args.eval_strategy != "no":
-            eval_dataset = mixture[script_args.dataset_test_split]
+            eval_dataset = _split_of(mixture, script_args.dataset_test_split)
     elif script_args.dataset_name:
         name, config = script_args.dataset_name, script_args.dataset_config
         train_dataset = load_split(
@@ -148,6 +148,15 @@ def _load_datasets(
     else:
         raise ValueError("Either `datasets` or `--dataset_name` must be given.")
     return train_dataset, eval_dataset
+
+
+def _split_of(mixture: Any, split: str) -> Any:
+    if split not in mixture:
+        raise ValueError(
+            f"The mixture of `datasets` has no split {split!r}, only {sorted(mixture)}. `test_split_size` sets rows "
+            "apart for the evaluation."
+        )
+    return mixture[split]
 
 
 def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
