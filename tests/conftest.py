@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
+    TrainerCallback,
 )
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
@@ -205,3 +206,16 @@ def make_trainer(
         return BilevelSFTTrainer(**arguments)
 
     return make
+
+
+class StopWithinStep(TrainerCallback):
+    """What Trainer does on SIGTERM: a checkpoint between a backward pass and the optimizer's step."""
+
+    def __init__(self, step: int):
+        self.step = step
+        self.trainer: BilevelSFTTrainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            control.should_training_stop = True

@@ -1,12 +1,13 @@
 """Run by `test_processes.py` in each process: one short training, whose result the main process writes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
@@ -23,8 +24,12 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         rejected = [f" {row} no" for row in range(10)]
         validation_dataset = validation_dataset.rename_column("completion", "chosen").add_column("rejected", rejected)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = build_tiny_model("llama", tokenizer)
+    if options.pop("has_own_adapter", False):  # from an unseeded generator in each process
+        torch.manual_seed(int(os.environ["RANK"]))
+        model = get_peft_model(model, lora)
     trainer = BilevelSFTTrainer(
-        model=build_tiny_model("llama", tokenizer),
+        model=model,
         args=BilevelSFTConfig(
             output_dir=output_dir,
             per_device_train_batch_size=per_device_batch_size,
@@ -45,7 +50,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         train_dataset=train_dataset,
         validation_dataset=validation_dataset,
         processing_class=tokenizer,
-        peft_config=lora if "value_function" in options else None,
+        peft_config=lora if "value_function" in options and not isinstance(model, PeftModel) else None,
     )
     trainer.train()
     result = {

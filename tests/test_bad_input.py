@@ -7,6 +7,7 @@ from conftest import prompt_completion_rows
 from datasets import Dataset, DatasetDict
 
 from trl_bilevel import BilevelSFTTrainer
+from trl_bilevel.row_format_checks import check_row_formats
 
 
 ROWS = prompt_completion_rows(24)
@@ -111,6 +112,53 @@ def test_wrong_sample_ids(make_trainer, rows, error, message):
 def test_nothing_is_loaded_before_the_datasets_are_checked(make_config, train_dataset):
     with pytest.raises(ValueError, match="`validation_dataset` is missing"):
         BilevelSFTTrainer("/no/such/model", make_config(), train_dataset=train_dataset)
+
+
+TEXT, QUESTIONS = Dataset.from_dict({"text": ["a b"] * 24}), Dataset.from_dict({"question": ["a"] * 24})
+TALKS = Dataset.from_dict(
+    {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 24}
+)
+TOKENS = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 24})
+GAP = Dataset.from_list([*ROWS.select(range(22)), {"prompt": "a", "completion": None}, {"prompt": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "options", "message"),
+    [
+        (TEXT, QUESTIONS, {}, r"`validation_dataset` has the columns \['question'\], of which TRL can make no text"),
+        (QUESTIONS, QUESTIONS, {}, r"`train_dataset` has the columns .*, or 'text' \(`dataset_text_field`\)"),
+        (TEXT, TEXT, {"dataset_text_field": "body"}, "`train_dataset` has the columns .*, or 'body'"),
+        (ROWS.select_columns("completion"), ROWS, {}, "`train_dataset` has the columns .*'prompt' with 'completion'"),
+        (GAP, ROWS, {}, "2 of 24 rows of `train_dataset` have nothing in the column 'completion'. Drop them: "),
+        (ROWS, GAP.shuffle(seed=0), {}, "2 of 24 rows of `validation_dataset` have nothing"),
+        (QUESTIONS.to_iterable_dataset(), TEXT, {"sample_id_column": "question"}, "`train_dataset` has the columns"),
+        (TOKENS.add_column("labels", [[-100, 2, 3]] * 24), TOKENS, {}, "Of one dataset a column says which tokens"),
+        (TOKENS, TOKENS.add_column("assistant_masks", [[0, 1, 1]] * 24), {}, "Give both of them `labels`, or neither"),
+        (TALKS, TEXT, {"assistant_only_loss": True}, "needs conversations in `validation_dataset` too"),
+    ],
+)
+def test_wrong_row_formats(make_config, training, validation, options, message):
+    """Before a model is loaded."""
+    with pytest.raises(ValueError, match=message):
+        BilevelSFTTrainer(
+            "/no/such/model",
+            make_config(max_steps=2, **options),
+            train_dataset=training,
+            validation_dataset=validation,
+        )
+
+
+def test_row_formats_that_others_make_text_of_are_not_refused(make_config):
+    config = make_config()
+    check_row_formats(QUESTIONS, QUESTIONS, config, has_formatting_func=True)
+    check_row_formats(TEXT, QUESTIONS, make_config(dataset_kwargs={"skip_prepare_dataset": True}), False)
+    check_row_formats(TALKS, TALKS, make_config(assistant_only_loss=True), False)
+    check_row_formats(TALKS, TEXT, config, False)  # whole sequences count in both
+    masked = TOKENS.add_column("assistant_masks", [[0, 1, 1]] * 24)
+    check_row_formats(masked, TOKENS.add_column("labels", [[-100, 2, 3]] * 24), config, False)
+    pairs = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    check_row_formats(ROWS, pairs, make_config(validation_loss_type="dpo"), False)
+    check_row_formats(GAP.select(range(20)), ROWS, config, False)  # the gaps were dropped
 
 
 def test_masks_that_nothing_reads_are_refused(make_trainer):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import left_padding_collator, prompt_completion_rows
+from conftest import StopWithinStep, left_padding_collator, prompt_completion_rows
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -201,6 +201,29 @@ def test_resumed_run_equals_the_unbroken_one(make_trainer, method, stop_at):
     assert resumed.curate().to_dict() == unbroken.curate().to_dict()
     _assert_same_parameters(_parameters(resumed), _parameters(unbroken), 0)
     assert _logged(resumed, "validation_loss")[-1] == _logged(unbroken, "validation_loss")[-1]
+
+
+@pytest.mark.parametrize("value_function", ["adapter", "none"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_run_stopped_within_a_step_does_it_again(make_trainer, value_function, accumulation):
+    """As on SIGTERM: dropout had drawn for the step already."""
+    options = {
+        "peft_config": LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "value_function": value_function,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_validation_batch_size": 2,
+        "max_steps": 5,
+    }
+    unbroken = make_trainer(**copy.deepcopy(options))
+    unbroken.train()
+    stop = StopWithinStep(2)
+    folder = unbroken.args.output_dir + "-stopped"
+    stop.trainer = make_trainer(**copy.deepcopy(options), callbacks=[stop], output_dir=folder)
+    stop.trainer.train()
+    resumed = make_trainer(**copy.deepcopy(options), output_dir=folder)
+    resumed.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-2"))
+    assert torch.equal(resumed.data_selector.weights(), unbroken.data_selector.weights())
+    _assert_same_parameters(_parameters(resumed), _parameters(unbroken), 0)
 
 
 def test_both_levels_move_as_the_formulas_say(make_trainer, build_model, tokenizer, train_dataset, validation_dataset):

@@ -31,6 +31,8 @@ RUNS: list[dict[str, Any]] = [
     {"selection_method": "bds", "source_column": "source"},
     {"selection_method": "bmo"},
     {"value_function": "adapter", "validation_loss_type": "dpo"},
+    # Both have the adapter of the first process, and so has the value function
+    {"value_function": "adapter", "has_own_adapter": True},
     # Each process divides by its own rows, so all must keep as many
     {
         "value_function": "adapter",

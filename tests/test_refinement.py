@@ -48,6 +48,21 @@ def test_lowest_weight_takes_the_lowest_of_those_that_can_be_refined():
     assert sorted(chosen) == sorted(expected)
 
 
+def test_rows_without_a_question_are_replaced_by_the_next_lowest():
+    scores = np.arange(20.0)
+    candidates, config = Candidates(np.ones(20, dtype=bool), scores=scores), RefinementConfig(refine_ratio=0.2)
+    read = []
+
+    def has_question(row):
+        read.append(row)
+        return row % 3 == 0
+
+    assert choose_rows(candidates, config, 0, has_question).tolist() == [0, 3, 6, 9]
+    assert read == [*range(10)]  # and no more
+    assert choose_rows(candidates, config, 0, lambda row: row > 17).tolist() == [18, 19]
+    assert choose_rows(candidates, config, 0, lambda row: False).tolist() == []
+
+
 def test_ties_are_broken_at_random_and_not_by_position():
     candidates = Candidates(np.ones(1000, dtype=bool), scores=np.zeros(1000))
     config = RefinementConfig(refine_ratio=0.1)

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prompt_completion_rows
+from conftest import StopWithinStep, prompt_completion_rows
 from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 from trl_bilevel import BilevelSFTTrainer, DataSelector
 from trl_bilevel.paired_batches import ValidationStream
@@ -109,30 +108,27 @@ def test_resumed_stream_is_exact(train, tmp_path):
         train(resume_from=checkpoint, output_dir=str(tmp_path / "other"), **options)
 
 
-class _StopWithinStep(TrainerCallback):
-    """What Trainer does on SIGTERM: a checkpoint between a backward pass and the optimizer's step."""
-
-    def __init__(self, step: int):
-        self.step = step
-        self.trainer: BilevelSFTTrainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
-            control.should_training_stop = True
-
-
 def test_stream_stopped_within_a_step_counts_its_rows_once(train, make_trainer, tmp_path):
     options = {"train_dataset": rows_with_ids(7).to_iterable_dataset(), "max_steps": 6, "output_dir": str(tmp_path)}
     options |= {"save_strategy": "steps", "save_steps": 4}
     unbroken = train(**{**options, "output_dir": str(tmp_path / "unbroken")})
-    stop = _StopWithinStep(2)
+    stop = StopWithinStep(2)
     stop.trainer = make_trainer(**options, sample_id_column="uid", optim="sgd", callbacks=[stop])
     stop.trainer.train()
     resumed = train(resume_from=tmp_path / "checkpoint-2", **options)
     assert resumed.data_selector.consumed.count == 6 * 4
     assert_same_run(resumed, unbroken)
     assert_same_run(train(resume_from=tmp_path / "checkpoint-4", **options), unbroken)
+
+
+def test_second_training_reads_the_stream_from_its_beginning(train, make_trainer, tmp_path):
+    options = {"train_dataset": rows_with_ids(7).to_iterable_dataset(), "max_steps": 4, "sample_id_column": "uid"}
+    options |= {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    trainer = make_trainer(**options)
+    trainer.train()
+    trainer.train()
+    assert trainer.data_selector.consumed.count == 4 * 4
+    make_trainer(**options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_curated_stream_is_read_no_further_than_needed(train, tmp_path):

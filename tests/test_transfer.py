@@ -45,15 +45,32 @@ def test_table_round_trip(tmp_path, activation, prior):
     assert (loaded.activation, loaded.sample_ids.to_pylist()) == (activation, selector.sample_ids.to_pylist())
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_rows_are_joined_by_id_and_unknown_ones_get_the_mean_weight(activation):
-    known = _trained(5, [10, 11, 12, 13, 14], activation)
-    other = DataSelector(4, activation, sample_ids=_ids(["13", "99", "10", "14"]))
+def test_rows_are_joined_by_id_and_unknown_ones_get_the_mean_weight():
+    known = _trained(5, [10, 11, 12, 13, 14])
+    other = DataSelector(4, sample_ids=_ids(["13", "99", "10", "14"]))
     assert other.start_from(known) == 2
     assert other.scored.tolist() == [True, False, True, False]
     # in units of the first selector, where the mean weight is 1: row 99 is unknown, row 14 was never scored
     expected = torch.stack([known.weights()[3], torch.tensor(1.0), known.weights()[0], torch.tensor(1.0)])
     torch.testing.assert_close(other.weights(), expected / expected.mean())
+
+
+@pytest.mark.parametrize("prior", [0.5, 0.2])
+def test_a_sigmoid_prior_is_not_taken_over(prior):
+    """What the losses said is, in logits; a row that the other does not know has neither risen nor sunk."""
+    known = _trained(5, [10, 11, 12, 13, 14], "sigmoid", prior=0.5)
+    other = DataSelector(4, "sigmoid", sample_ids=_ids(["13", "99", "10", "14"]), prior=prior)
+    assert other.start_from(known) == 2
+    neutral = math.log(prior / (1 - prior))
+    learned = known.logits[[3, 0]]  # as the other's prior has logit 0
+    expected = torch.tensor([learned[0] + neutral, neutral, learned[1] + neutral, neutral])
+    torch.testing.assert_close(other.logits, expected)
+    assert other.scored.tolist() == [True, False, True, False]
+    assert other.proved_good.tolist() == [bool(learned[0] > 0), False, bool(learned[1] > 0), False]
+    assert not other.sunk(torch.tensor([1, 3])).any()
+    mass = torch.sigmoid(expected)
+    risen = ((mass[[0, 2]] - prior) / (1 - prior)).clamp(min=0).sum()
+    assert other.proved_rows == pytest.approx(risen.item(), rel=1e-5)
 
 
 def test_sources_start_with_the_mean_logit_of_their_rows():

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import DataSelector
@@ -330,9 +330,46 @@ def test_needs_an_adapter(make_lora_trainer):
         make_lora_trainer(peft_config=None)
 
 
+def test_adapter_that_is_not_trained_is_refused(make_lora_trainer, build_model, tmp_path):
+    make_lora_trainer().model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no parameter that can be trained. .*is_trainable=True"):
+        make_lora_trainer(model=PeftModel.from_pretrained(build_model(), tmp_path), peft_config=None)
+
+
 def test_optimizer_tied_to_the_model_is_refused():
     with pytest.raises(ValueError, match="`optim='lomo'` works on the layers of one model"):
         optimizer_maker(torch.optim.SGD, {"lr": 0.1, "model": torch.nn.Linear(1, 1)}, 0.0, "lomo")
+    with pytest.raises(ValueError, match="`optim='muon'` works on the layers of one model"):
+        optimizer_maker(lambda: None, {}, 0.0, "muon")  # a factory
+
+
+def test_optimizer_without_weight_decay_is_the_models(make_lora_trainer):
+    trainer = make_lora_trainer(optimizer_cls_and_kwargs=(torch.optim.Rprop, {"lr": 1e-2}), max_steps=2)
+    before = _value_function(trainer)
+    trainer.train()
+    assert isinstance(trainer.value_function._optimizer, torch.optim.Rprop)
+    assert any(not torch.equal(value, before[name]) for name, value in _value_function(trainer).items())
+
+
+class _Interrupt(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_within_an_accumulation_and_resumed_at_once(make_lora_trainer, tmp_path):
+    """In the same process, as in a notebook: of the interrupted step no gradient is left."""
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_lora_trainer(**options, output_dir=str(tmp_path / "unbroken"))
+    unbroken.train()
+    trainer = make_lora_trainer(**options, callbacks=[_Interrupt()], output_dir=str(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(_Interrupt)
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in _value_function(trainer).items():
+        assert torch.equal(value, _value_function(unbroken)[name]), name
+    assert torch.equal(trainer.data_selector.weights(), unbroken.data_selector.weights())
 
 
 @pytest.mark.parametrize(

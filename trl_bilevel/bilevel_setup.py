@@ -146,6 +146,11 @@ class BilevelSetup(SFTTrainer):
                 "cannot copy the one in `optimizers`. Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
             )
         names = [name for name, value in self.model.named_parameters() if value.requires_grad]
+        if not names:
+            raise ValueError(
+                "The adapter of `model` has no parameter that can be trained. Load it with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
         make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
         return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
 

@@ -3,6 +3,7 @@
 import math
 import os
 import secrets
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .amortized_selector import AmortizedSelector
@@ -31,6 +33,7 @@ from .paired_batches import add_sample_indices, read_sample_indices
 from .paired_loading import PairedLoading
 from .refined_responses import ResponseStore
 from .response_checks import RewardFunc, check_reward_funcs
+from .row_format_checks import check_row_formats
 from .run_records import describe_run
 from .scoring import RowScorer, score_dataset
 from .selector_setup import build_selector, resolve_adaptive_validation_weight
@@ -112,6 +115,11 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         elif not isinstance(args, BilevelSFTConfig):
             args = BilevelSFTConfig.from_training_arguments(args)
         check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
+        sft_arguments = signature(SFTTrainer).bind_partial(
+            model, args, data_collator, train_dataset, *sft_args, **sft_kwargs
+        )
+        has_formatting_func = sft_arguments.arguments.get("formatting_func") is not None
+        check_row_formats(train_dataset, validation_dataset, args, has_formatting_func)
         self._know_the_rows(train_dataset, args, data_selector)
         if isinstance(data_selector, (str, os.PathLike)):
             data_selector = DataSelector.from_pretrained(data_selector, token=args.hub_token)

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -26,6 +27,7 @@ from .data_selector import DataSelector
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
+from .response_generation import RandomState
 from .row_scores import save_scores
 from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings
@@ -51,6 +53,8 @@ class Checkpointing(SFTTrainer):
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
     _source_dataset: Dataset | IterableDataset
+    _begun_step: int | None = None
+    _begun_at: RandomState
     _postponed_limit: int | None = None  # the user's `save_total_limit`, while a checkpoint is written
 
     @property
@@ -146,6 +150,19 @@ class Checkpointing(SFTTrainer):
         # Last: what has scores is complete
         save_scores(directory, self.data_selector, self._rows_fingerprint, self.state.global_step)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """As in Trainer; and the random state is kept, of which a checkpoint within the step is."""
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._begun_step, self._begun_at = self.state.global_step, RandomState(self.args.device)
+        return batches
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # On SIGTERM within a step, which is done again: dropout has drawn for it already
+        with self._begun_at.active() if self._begun_step == self.state.global_step else nullcontext():
+            super()._save_rng_state(output_dir)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.value_function is not None and self.args.should_save:
@@ -198,12 +215,18 @@ class Checkpointing(SFTTrainer):
         if self.refiner is not None:
             self._load_responses(self.state.best_model_checkpoint)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.value_function is not None:
+            self.value_function.start()
+        if resume_from_checkpoint is None and isinstance(self.data_selector, StreamedSelector):
+            self.data_selector.consumed.restart()  # training reads the stream from its beginning
+        return prepared
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.value_function is not None:
-            self.value_function.rebind()
-        if checkpoint is None and isinstance(self.data_selector, StreamedSelector):
-            self.data_selector.consumed.restart()  # training reads the stream from its beginning
         if checkpoint is not None:
             self.data_selector.load(checkpoint, self._rows_fingerprint)
             self._weight_history = WeightHistory.load(checkpoint)

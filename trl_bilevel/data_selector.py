@@ -360,8 +360,8 @@ class DataSelector:
         """
         Take over the weights of another selector, joined by sample id.
 
-        Rows that the other does not know, or never scored, start with its mean weight. A source starts with the mean
-        logit of its rows.
+        Rows that the other does not know, or never scored, start as rows of which nothing is known: with the prior,
+        or softmax weights with the other's mean. A source starts with the mean logit of its rows.
 
         Args:
             other ([`DataSelector`]): for instance one that was trained with a smaller model.
@@ -377,7 +377,7 @@ class DataSelector:
                 f"The given selector has {other.activation!r} weights, this one {self.activation!r}. Set "
                 f"`selector_activation={other.activation!r}`."
             )
-        logits, known = transferred_logits(self.sample_ids, other)
+        logits, known = transferred_logits(self, other)
         if self._sums.unit_sizes is not None and self.sources is not None:
             total = torch.zeros_like(self._sums.unit_sizes).index_add_(0, self.sources, logits.double())
             logits = total / self._sums.unit_sizes

@@ -81,6 +81,9 @@ class PairedLoading(SFTTrainer):
 
     def _add_reference_likelihoods(self) -> None:
         """DPO's reference: the adapter switched off, or without one the model before its first step."""
+        if next(self.model.parameters()).device != self.args.device:
+            # With `bf16_full_eval` Trainer moves the model when training starts
+            self._move_model_to_device(self.model, self.args.device)
         reference = use_adapter(self.model, None) if is_peft_model(self.model) else nullcontext()
         was_training = self.model.training
         self.model.eval()

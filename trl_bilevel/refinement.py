@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -45,7 +46,9 @@ class Candidates(NamedTuple):
     """What the weights are made of, the lowest first to go, shape (N,): the logits."""
 
 
-def choose_rows(candidates: Candidates, config: RefinementConfig, seed: int) -> np.ndarray:
+def choose_rows(
+    candidates: Candidates, config: RefinementConfig, seed: int, has_question: Callable[[int], bool] = lambda row: True
+) -> np.ndarray:
     """
     The rows of a refresh, int64, at most `refine_ratio` of all N.
 
@@ -56,6 +59,7 @@ def choose_rows(candidates: Candidates, config: RefinementConfig, seed: int) -> 
         candidates ([`Candidates`]): the training rows.
         config ([`~trl_bilevel.refinement_config.RefinementConfig`]): ratio and mode.
         seed (`int`): of the random order.
+        has_question (`Callable`): whether a row of a low score can be answered; if not, another takes its place.
 
     Example:
 
@@ -76,7 +80,8 @@ def choose_rows(candidates: Candidates, config: RefinementConfig, seed: int) -> 
         return np.sort(chosen[candidates.refinable[chosen]])
     assert candidates.scores is not None
     order = order[candidates.refinable[order]]
-    return np.sort(order[np.argsort(candidates.scores[order], kind="stable")][:num_chosen])
+    lowest_first = order[np.argsort(candidates.scores[order], kind="stable")].tolist()
+    return np.sort(np.array([*islice(filter(has_question, lowest_first), num_chosen)], dtype=np.int64))
 
 
 def is_refresh_due(step: int, max_steps: int, config: RefinementConfig) -> bool:
@@ -203,10 +208,10 @@ class Refiner:
         """The plan of the refresh, and its responses if it is complete already; the main process decides."""
         decision: list[Any] = [None, None, False]
         if PartialState().is_main_process:
-            rows = choose_rows(candidates, self.config, self.seed)
+            rows = choose_rows(candidates, self.config, self.seed, has_question=self._has_question)
             plan, complete = store.read_plan(step), None
             outdated = plan is not None and plan.rows != rows.tolist()
-            if plan is not None and plan.rows == rows.tolist():
+            if plan is not None and not outdated:
                 complete = store.read_refresh(step)
                 logger.info(f"Step {step}: going on with a refresh that was begun before this run was interrupted.")
             else:
@@ -233,6 +238,10 @@ class Refiner:
                 "text, or leave no room for one."
             )
         return sorted(fitting, key=lambda question: -len(question.generation_ids))
+
+    def _has_question(self, row: int) -> bool:
+        question = self.reader.read(row)
+        return question is not None and self._room(question) > 0
 
     def _room(self, question: Question) -> int:
         """Tokens that a response may have."""

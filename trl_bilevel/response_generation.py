@@ -69,6 +69,24 @@ def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator
         yield
 
 
+class RandomState:
+    """What PyTorch draws from, as it is when this is created."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._state = torch.get_rng_state()
+        self._device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """That state in place of the one of now."""
+        with random_state_kept(self._device):
+            torch.set_rng_state(self._state)
+            if self._device_state is not None:
+                torch.cuda.set_rng_state(self._device_state, self._device)
+            yield
+
+
 @contextmanager
 def own_generation_config_aside(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
     """

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -70,6 +71,16 @@ class ValueFunction:
         self._models = self._find_parameters(self._own)
         for name, parameter in self._models.items():
             self._own[name].data = self._own[name].data.to(parameter.device, parameter.dtype)
+
+    def start(self) -> None:
+        """
+        Before training: with the model where it is now, without what an interrupted step left, and with the values of
+        the first process, as data parallelism sends the model's own.
+        """
+        self.rebind()
+        self._optimizer.zero_grad()
+        for value in self._own.values():
+            value.data = broadcast(value.data)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -181,8 +192,11 @@ def load_value_function(directory: str | os.PathLike, model: torch.nn.Module) ->
 
 def fits_other_parameters(optimizer_class: Any, options: dict[str, Any]) -> bool:
     """Whether an optimizer can be built for other parameters than the model's, and needs no mode of its own."""
+    is_class = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
     return (
-        not {"params", "model", "optimizer_dict"} & options.keys() and "ScheduleFree" not in optimizer_class.__name__
+        is_class  # and no factory that sorts the layers of a model
+        and not {"params", "model", "optimizer_dict"} & options.keys()
+        and "ScheduleFree" not in optimizer_class.__name__
     )
 
 
@@ -203,4 +217,5 @@ def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay:
             f"`optim={name!r}` works on the layers of one model and cannot fit the value function's adapter too. Use "
             "another optimizer, for instance 'adamw_torch', or `value_function='none'`."
         )
-    return lambda parameters: optimizer_class(parameters, **{"weight_decay": weight_decay, **options})
+    # As Trainer passes it: not every optimizer has the option, and all have it in their groups
+    return lambda parameters: optimizer_class([{"params": parameters, "weight_decay": weight_decay}], **options)
