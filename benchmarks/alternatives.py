@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from method_names import ABOVE_ZERO, DIFFERENCE, SFT, SFT_LOSS, TRUSTED, TRUSTED_LOSS
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -284,12 +285,8 @@ def label_quality(model: Any, rows: Dataset) -> np.ndarray:
     return scores
 
 
-SFT_LOSS = "SFT"
-TRUSTED_LOSS = "SFT on the trusted rows"
-
-
 def _loss_difference(context: Context) -> np.ndarray:
-    return context.earlier_scores[TRUSTED_LOSS] - context.earlier_scores[SFT_LOSS]
+    return context.earlier_scores[TRUSTED] - context.earlier_scores[SFT]
 
 
 ALTERNATIVES: dict[str, Alternative] = {
@@ -297,12 +294,10 @@ ALTERNATIVES: dict[str, Alternative] = {
         lambda context: dsir_scores(context.faulty, context.trusted, context.words), package="data_selection"
     ),
     "gradient influence (bergson)": Alternative(_gradient_influence, package="bergson"),
-    "loss of the SFT model": Alternative(lambda context: context.earlier_scores[SFT_LOSS], needs=(SFT_LOSS,)),
-    "loss of the trusted rows' model": Alternative(
-        lambda context: context.earlier_scores[TRUSTED_LOSS], needs=(TRUSTED_LOSS,)
-    ),
-    "loss difference": Alternative(_loss_difference, needs=(SFT_LOSS, TRUSTED_LOSS)),
+    SFT_LOSS: Alternative(lambda context: context.earlier_scores[SFT], needs=(SFT,)),
+    TRUSTED_LOSS: Alternative(lambda context: context.earlier_scores[TRUSTED], needs=(TRUSTED,)),
+    DIFFERENCE: Alternative(_loss_difference, needs=(SFT, TRUSTED)),
     # Kept is what the trusted rows' model expects more than SFT's does
-    "loss difference above zero": Alternative(_loss_difference, needs=(SFT_LOSS, TRUSTED_LOSS), threshold=0.0),
+    ABOVE_ZERO: Alternative(_loss_difference, needs=(SFT, TRUSTED), threshold=0.0),
     "confidence (cleanlab)": Alternative(_confidence, package="cleanlab"),
 }

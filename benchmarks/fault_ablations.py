@@ -8,6 +8,7 @@ from typing import Any
 from fault_tables import Results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from method_names import BMO, BMO_SHARP, CONSTANT_LAMBDA, FIRST_ROUND, NO_VALUE_FUNCTION
 from result_tables import spread
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,6 @@ from rich.table import Table
 
 # One option at a time: lambda must not follow what the option does to the rows
 CONSTANT: dict[str, Any] = {"adaptive_validation_weight": False}
-_BDS, _BMO, _NO_VALUE_FUNCTION = "BDS, constant lambda", "BMO", "BDS, no value function"
 BY_THE_LOSS: dict[str, Any] = {"value_function": "none"}
 # Answers that the model writes anew, greedily: in each of five refreshes those of the 30 % of the rows of the lowest
 # weight
@@ -48,7 +48,7 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "loss: step 3": {**BY_THE_LOSS, "selector_learning_rate": 3.0},
     "loss: half of each batch filtered": {**BY_THE_LOSS, "filter_ratio": 0.5},
     "loss: sigmoid weights": {**BY_THE_LOSS, "selector_activation": "sigmoid"},
-    "BMO, temperature 0.3": {"selection_method": "bmo", "bmo_temperature": 0.3},
+    BMO_SHARP: {"selection_method": "bmo", "bmo_temperature": 0.3},
     "refined: 10 %": {**_REFINED, "refine_ratio": 0.1},
     "refined: 60 %": {**_REFINED, "refine_ratio": 0.6},
     "refined: random 30 %": {**_REFINED, "refine_mode": "random"},
@@ -64,35 +64,39 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
 
 # What is shown together: the value of the option, and the run
 ABLATIONS: dict[str, dict[str, str]] = {
-    "validation_weight": {"0.5": "lambda 0.5", "0.7": "lambda 0.7", "0.9": _BDS, "1": "lambda 1"},
-    "adaptive_validation_weight": {"False": _BDS, "True": "BDS (all defaults)"},
+    "validation_weight": {"0.5": "lambda 0.5", "0.7": "lambda 0.7", "0.9": CONSTANT_LAMBDA, "1": "lambda 1"},
+    "adaptive_validation_weight": {"False": CONSTANT_LAMBDA, "True": FIRST_ROUND},
     "validation_weight_decay": {
-        "0.9 throughout": _BDS,
+        "0.9 throughout": CONSTANT_LAMBDA,
         "1 to 0.4": "lambda 1.0, 0.8, 0.6, 0.4",
         "1 to 0.1": "lambda 1.0, 0.7, 0.4, 0.1",
     },
     "value_function_rows": {
-        "none": _NO_VALUE_FUNCTION,
+        "none": NO_VALUE_FUNCTION,
         "selected": "BDS, value function on selected rows",
         "all": "BDS, value function on all rows",
-        "rejected": _BDS,
+        "rejected": CONSTANT_LAMBDA,
     },
-    "selector_learning_rate": {"1": "step 1", "3": _BDS, "10": "step 10"},
+    "selector_learning_rate": {"1": "step 1", "3": CONSTANT_LAMBDA, "10": "step 10"},
     "selector_optimizer, without value function": {
-        "mirror_descent": _NO_VALUE_FUNCTION,
+        "mirror_descent": NO_VALUE_FUNCTION,
         "adam": "BDS, dense Adam, lambda 0.9",
-        "(BMO)": _BMO,
+        "(BMO)": BMO,
     },
-    "selector_activation": {"sigmoid": _BDS, "softmax": "softmax weights, step 1"},
-    "selector_prior": {"0.05": "prior 0.05", "0.2": _BDS, "0.5": "prior 0.5"},
-    "filter_ratio": {"0": _BDS, "0.25": "a quarter of each batch filtered", "0.5": "half of each batch filtered"},
-    "per_device_train_batch_size": {"16": "batches of 16", "32": _BDS, "64": "batches of 64"},
+    "selector_activation": {"sigmoid": CONSTANT_LAMBDA, "softmax": "softmax weights, step 1"},
+    "selector_prior": {"0.05": "prior 0.05", "0.2": CONSTANT_LAMBDA, "0.5": "prior 0.5"},
+    "filter_ratio": {
+        "0": CONSTANT_LAMBDA,
+        "0.25": "a quarter of each batch filtered",
+        "0.5": "half of each batch filtered",
+    },
+    "per_device_train_batch_size": {"16": "batches of 16", "32": CONSTANT_LAMBDA, "64": "batches of 64"},
     "per_device_validation_batch_size": {
         "8": "8 trusted rows in a batch",
-        "32": _BDS,
+        "32": CONSTANT_LAMBDA,
         "64": "64 trusted rows in a batch",
     },
-    "refine_ratio": {"0": _BDS, "0.1": "refined: 10 %", "0.3": REFINED, "0.6": "refined: 60 %"},
+    "refine_ratio": {"0": CONSTANT_LAMBDA, "0.1": "refined: 10 %", "0.3": REFINED, "0.6": "refined: 60 %"},
     "refine_mode": {
         "lowest_weight, 0.3": REFINED,
         "random, 0.3": "refined: random 30 %",
@@ -109,20 +113,20 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "refine_min_probability": {"0": REFINED, "0.95": "BDS, refined: lowest weight, sure answers"},
     "validation_weight, without value function": {
         "0.5": "loss: lambda 0.5",
-        "0.9": _NO_VALUE_FUNCTION,
+        "0.9": NO_VALUE_FUNCTION,
         "1 to 0.4": "loss: lambda 1.0, 0.8, 0.6, 0.4",
     },
     "selector_learning_rate, without value function": {
         "0.3": "loss: step 0.3",
-        "1": _NO_VALUE_FUNCTION,
+        "1": NO_VALUE_FUNCTION,
         "3": "loss: step 3",
     },
     "selector_activation, without value function": {
-        "softmax": _NO_VALUE_FUNCTION,
+        "softmax": NO_VALUE_FUNCTION,
         "sigmoid": "loss: sigmoid weights",
     },
-    "filter_ratio, without value function": {"0": _NO_VALUE_FUNCTION, "0.5": "loss: half of each batch filtered"},
-    "bmo_temperature": {"0.3": "BMO, temperature 0.3", "1": _BMO},
+    "filter_ratio, without value function": {"0": NO_VALUE_FUNCTION, "0.5": "loss: half of each batch filtered"},
+    "bmo_temperature": {"0.3": BMO_SHARP, "1": BMO},
 }
 ABLATION_METHODS = tuple(dict.fromkeys(method for points in ABLATIONS.values() for method in points.values()))
 
@@ -177,7 +181,9 @@ def plot_ablation(results: Results, option: str, path: Path) -> bool:
     if len(points) < 2:
         return False
     values = {method: value for value, method in ABLATIONS[option].items()}
-    reference = next(values[method] for method in (_BDS, REFINED, _NO_VALUE_FUNCTION, _BMO) if method in values)
+    reference = next(
+        values[method] for method in (CONSTANT_LAMBDA, REFINED, NO_VALUE_FUNCTION, BMO) if method in values
+    )
     figure = Figure(figsize=(3.4 * len(measures), 2.8), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
         _plot_panel(axes, points, key, reference)

@@ -11,6 +11,21 @@ from alternatives import ALTERNATIVES, Context, best_rows, characters, tokenized
 from datasets import Dataset, concatenate_datasets
 from fault_ablations import ABLATION_OPTIONS, BY_THE_LOSS, CONSTANT, GREEDY_ANSWERS
 from fault_settings import SeedFiles
+from method_names import (
+    BMO,
+    CONSTANT_LAMBDA,
+    EQUAL_WEIGHTS,
+    FIRST_ROUND,
+    MIXED,
+    NO_VALUE_FUNCTION,
+    ORACLE,
+    PUBLIC_CODES,
+    RANDOM,
+    ROUNDS,
+    SECOND_ROUND,
+    SFT,
+    TRUSTED,
+)
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -32,17 +47,15 @@ def _random_rows(problem: Problem, seed: int) -> Dataset:
     return problem.faulty.select(np.sort(rows[: good_rows(problem).sum()]))
 
 
-RANDOM_ROWS = "SFT on random rows"
 # Methods that are plain SFT on other rows
 SFT_ROWS: dict[str, Callable[[Problem, int], Dataset]] = {
-    "SFT": lambda problem, seed: problem.faulty,
-    "SFT, trusted rows mixed in": lambda problem, seed: concatenate_datasets([problem.faulty, problem.trusted]),
-    "SFT on the trusted rows": lambda problem, seed: problem.trusted,
-    RANDOM_ROWS: _random_rows,
-    "SFT on the good rows (oracle)": lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
+    SFT: lambda problem, seed: problem.faulty,
+    MIXED: lambda problem, seed: concatenate_datasets([problem.faulty, problem.trusted]),
+    TRUSTED: lambda problem, seed: problem.trusted,
+    RANDOM: _random_rows,
+    ORACLE: lambda problem, seed: problem.faulty.select(np.flatnonzero(good_rows(problem))),
 }
-PUBLIC_CODES = "dense Adam, as the public codes"
-# That, lambda falling from 1, mean of row means
+# lambda falling from 1, mean of row means
 PUBLIC_CODES_OPTIONS: dict[str, Any] = {
     "selector_optimizer": "adam",
     "validation_weight": 1.0,
@@ -51,17 +64,16 @@ PUBLIC_CODES_OPTIONS: dict[str, Any] = {
 }
 # Their step, 0.005, is for runs of many thousand steps
 LARGER_STEPS = {"dense Adam, step 0.02": 0.02, "dense Adam, step 0.1": 0.1}
-EQUAL_WEIGHTS = "lambda 0.9, equal weights"  # nothing is learned about the rows: what lambda alone does
 # Options of the bilevel trainer
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     **{name: {**PUBLIC_CODES_OPTIONS, "selector_learning_rate": step} for name, step in LARGER_STEPS.items()},
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
     EQUAL_WEIGHTS: {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0},
-    "BMO": {"selection_method": "bmo"},
-    "BDS, no value function": BY_THE_LOSS,
-    "BDS (all defaults)": {},
-    "BDS, constant lambda": CONSTANT,
+    BMO: {"selection_method": "bmo"},
+    NO_VALUE_FUNCTION: BY_THE_LOSS,
+    FIRST_ROUND: {},
+    CONSTANT_LAMBDA: CONSTANT,
     "BDS, value function on all rows": {**CONSTANT, "value_function_rows": "all"},
     "BDS, value function on selected rows": {**CONSTANT, "value_function_rows": "selected"},
 }
@@ -76,16 +88,12 @@ REFINED_OPTIONS: dict[str, dict[str, Any]] = {
     "BMO, refined: random": {"selection_method": "bmo", **_RANDOM},
 }
 # Another round with what a first run learned
-FIRST_ROUND = "BDS (all defaults)"
-SECOND_ROUND = "second round: SFT on trusted and kept rows"  # as many as are good, as the alternatives are told
-PROVED_ROUND = "second round: SFT on trusted and proved rows"  # those that proved good, which nobody has to be told
-ROUNDS = (SECOND_ROUND, PROVED_ROUND)
 METHODS = (*SFT_ROWS, *BILEVEL_OPTIONS, *REFINED_OPTIONS, *ROUNDS, *ALTERNATIVES)
 # What is run by default away from the default problem
 MAIN_METHODS = (
-    *(method for method in SFT_ROWS if method != RANDOM_ROWS),
+    *(method for method in SFT_ROWS if method != RANDOM),
     PUBLIC_CODES,
-    "BMO",
+    BMO,
     FIRST_ROUND,
     *ROUNDS,
     *ALTERNATIVES,
@@ -224,7 +232,7 @@ def _run_bilevel(name: str, args: DemoArguments, problem: Problem, files: SeedFi
         lambda share: None,
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
-        amortized_selector=name in ("BDS, no value function", FIRST_ROUND),
+        amortized_selector=name in (NO_VALUE_FUNCTION, FIRST_ROUND),
         **{"per_device_validation_batch_size": num_trusted, **options},
     )
     if name == FIRST_ROUND:

@@ -15,20 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from alternatives import ALTERNATIVES, TRUSTED_LOSS
-from fault_methods import (
+from alternatives import ALTERNATIVES
+from fault_methods import LARGER_STEPS, SFT_ROWS
+from fault_settings import PROBLEMS, SeedFiles, Setting
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from method_names import (
+    ABOVE_ZERO,
+    BMO,
+    BMO_SHARP,
+    DIFFERENCE,
     EQUAL_WEIGHTS,
     FIRST_ROUND,
-    LARGER_STEPS,
+    ORACLE,
     PROVED_ROUND,
     PUBLIC_CODES,
     SECOND_ROUND,
-    SFT_ROWS,
+    SFT,
+    TRUSTED,
+    TRUSTED_LOSS,
 )
-from fault_settings import PROBLEMS, SeedFiles, Setting
-from fault_tables import BEST, WORST
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from result_tables import fill_in, markdown, spread
 from trl import TrlParser
 
@@ -37,24 +43,23 @@ from trl import TrlParser
 SHARES = [name for name, problem in PROBLEMS.items() if problem == Setting(fault_ratio=problem.fault_ratio)]
 OTHER_PROBLEMS = [name for name in PROBLEMS if name not in SHARES]
 OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
-RIVALS = ("loss difference", "loss of the trusted rows' model")
-ABOVE_ZERO = "loss difference above zero"
+RIVALS = (DIFFERENCE, TRUSTED_LOSS)
 CLOSEST = {
-    **{method: method for method in (WORST, "SFT on the trusted rows", *RIVALS)},
+    **{method: method for method in (SFT, TRUSTED, *RIVALS)},
     **OURS,
-    "oracle": BEST,
+    "oracle": ORACLE,
 }
 # What BDS is held against: everything that is not told which rows are good
 OTHERS = (
-    *(method for method in SFT_ROWS if method != BEST),
+    *(method for method in SFT_ROWS if method != ORACLE),
     EQUAL_WEIGHTS,
     PUBLIC_CODES,
     *LARGER_STEPS,
     *ALTERNATIVES,
-    "BMO",
-    "BMO, temperature 0.3",
+    BMO,
+    BMO_SHARP,
 )
-METHODS = (*OTHERS, *OURS.values(), PROVED_ROUND, BEST)
+METHODS = (*OTHERS, *OURS.values(), PROVED_ROUND, ORACLE)
 MEASURES = {"exact_match": "held-out exact match", "auroc": "AUROC of the ranking"}
 _EPOCHS = 4
 
@@ -115,9 +120,9 @@ def closest_table(results: Results, measure: str) -> str:
 def last_model_table(results: Results) -> str:
     """AUROC by the loss of the model that a method ends with."""
     measures = {
-        "SFT": (WORST, "auroc"),
-        "SFT on the trusted rows": (TRUSTED_LOSS, "auroc"),
-        "loss difference, then SFT": (RIVALS[0], "final_auroc_loss"),
+        SFT: (SFT, "auroc"),
+        TRUSTED: (TRUSTED, "auroc"),
+        "loss difference, then SFT": (DIFFERENCE, "final_auroc_loss"),
         "BDS, then SFT (second round)": (SECOND_ROUND, "auroc"),
     }
     return side_by_side(results, measures)
@@ -232,7 +237,7 @@ def cost_table(results: Results) -> str:
     """Processor time over that of SFT on the same seed, with the default problem."""
     rows = []
     for method in METHODS:
-        seconds, of_sft = (results.values("70 % bad", name, "cpu_seconds") for name in (method, WORST))
+        seconds, of_sft = (results.values("70 % bad", name, "cpu_seconds") for name in (method, SFT))
         ratios = [seconds[seed] / of_sft[seed] for seed in seconds if seed in of_sft]
         if ratios:
             rows.append([method, str(len(ratios)), spread([*ratios])])
@@ -245,7 +250,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "closest kept_good": lambda results: closest_table(results, "kept_good"),
     "last model": last_model_table,
     "proved": lambda results: untold_table(results, PROVED_ROUND, SECOND_ROUND),
-    "above zero": lambda results: untold_table(results, ABOVE_ZERO, RIVALS[0]),
+    "above zero": lambda results: untold_table(results, ABOVE_ZERO, DIFFERENCE),
     "unseen": unseen_table,
     **{f"difference {measure}": lambda results, key=measure: difference_table(results, key) for measure in MEASURES},
     **{

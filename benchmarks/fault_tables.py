@@ -8,6 +8,7 @@ from pathlib import Path
 from alternatives import ALTERNATIVES
 from fault_settings import FAULT_RATIO, VALIDATION_SIZE, SeedFiles, Setting
 from matplotlib.figure import Figure
+from method_names import ORACLE, SFT
 from result_tables import spread
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,6 @@ from rich.table import Table
 Results = dict[str, dict[int, dict[str, float]]]
 """Measures by method and seed."""
 
-WORST, BEST = "SFT", "SFT on the good rows (oracle)"
 TABLES = {
     "Training": {
         "exact_match": "held-out exact match",
@@ -78,7 +78,7 @@ def read_results(
                 results[method][seed] = json.loads(path.read_text())
     for per_seed in results.values():
         for seed, result in per_seed.items():
-            worst, best = results.get(WORST, {}).get(seed), results.get(BEST, {}).get(seed)
+            worst, best = results.get(SFT, {}).get(seed), results.get(ORACLE, {}).get(seed)
             if worst and best and best["exact_match"] > worst["exact_match"]:
                 gap = best["exact_match"] - worst["exact_match"]
                 result["of_the_way"] = (result["exact_match"] - worst["exact_match"]) / gap

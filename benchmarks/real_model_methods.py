@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from judge import generate_replies, without_thoughts
+from method_names import BMO, DIFFERENCE, FIRST_ROUND, MIXED, NO_VALUE_FUNCTION, SECOND_ROUND, SFT, TRUSTED
 from real_model_settings import (
     BenchmarkArguments,
     Problem,
@@ -29,21 +30,18 @@ from trl_bilevel.scoring import RowScorer
 from trl_bilevel.whole_files import write_whole
 
 
-SFT, TRUSTED, MIXING = "SFT on all rows", "SFT on the trusted rows", "direct mixing"
-DIFFERENCE, DEFAULTS = "loss difference", "BDS (all defaults)"
-SECOND_ROUND = "second round: SFT on trusted and kept rows"
 SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     SFT: lambda problem: problem.training.remove_columns("harmful"),
     TRUSTED: lambda problem: problem.trusted,
-    MIXING: lambda problem: concatenate_datasets([problem.training.remove_columns("harmful"), problem.trusted]),
+    MIXED: lambda problem: concatenate_datasets([problem.training.remove_columns("harmful"), problem.trusted]),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    "BMO": {"selection_method": "bmo"},
-    "BDS, no value function": {"value_function": "none"},
-    DEFAULTS: {},
+    BMO: {"selection_method": "bmo"},
+    NO_VALUE_FUNCTION: {"value_function": "none"},
+    FIRST_ROUND: {},
 }
 REFINED = "BDS, refined"
-NEEDS: dict[str, tuple[str, ...]] = {DIFFERENCE: (SFT, TRUSTED), SECOND_ROUND: (DEFAULTS,)}
+NEEDS: dict[str, tuple[str, ...]] = {DIFFERENCE: (SFT, TRUSTED), SECOND_ROUND: (FIRST_ROUND,)}
 """Methods whose rankings a method is made from."""
 METHODS = (*SFT_ROWS, DIFFERENCE, *BILEVEL_OPTIONS, REFINED, SECOND_ROUND)
 

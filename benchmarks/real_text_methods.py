@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from alternatives import ALTERNATIVES, SFT_LOSS, TRUSTED_LOSS, Context, best_rows, tokenized
+from alternatives import ALTERNATIVES, Context, best_rows, tokenized
 from datasets import Dataset, concatenate_datasets
-from fault_methods import FIRST_ROUND, PUBLIC_CODES, PUBLIC_CODES_OPTIONS, SECOND_ROUND
+from fault_methods import PUBLIC_CODES_OPTIONS
+from method_names import FIRST_ROUND, MIXED, ORACLE, PUBLIC_CODES, SECOND_ROUND, SFT, TRUSTED
 from peft import LoraConfig
 from real_text_rows import COMPLIANCE, REFUSAL, Problem, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -141,11 +142,10 @@ def losses(trainer: Any, rows: Dataset) -> np.ndarray:
     return np.where(np.isnan(found), np.nanmean(found), found)
 
 
-MIXING, ORACLE = "SFT, trusted rows mixed in", "SFT on the good rows (oracle)"
 SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
-    SFT_LOSS: lambda problem: problem.training,
-    MIXING: lambda problem: concatenate_datasets([problem.training, problem.trusted]),
-    TRUSTED_LOSS: lambda problem: problem.trusted,
+    SFT: lambda problem: problem.training,
+    MIXED: lambda problem: concatenate_datasets([problem.training, problem.trusted]),
+    TRUSTED: lambda problem: problem.trusted,
     ORACLE: lambda problem: problem.training.select(np.flatnonzero(problem.good)),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {

@@ -297,7 +297,7 @@ def test_second_rounds_train_on_the_best_rows_or_on_those_that_proved_good(tmp_p
     monkeypatch.setattr(methods, "train_sft", record)
     # Within the two steps of a run
     monkeypatch.setitem(methods.BILEVEL_OPTIONS, methods.FIRST_ROUND, {"selector_learning_rate": 1e4})
-    run_tiny(methods=[methods.SECOND_ROUND, methods.PROVED_ROUND])
+    run_tiny(methods=[*methods.ROUNDS])
     (problem, best), (_, proved) = trained_on
     selector = DataSelector.from_pretrained(tmp_path / "seed3" / "first_round")
     good = np.array(problem.faulty["fault"]) == "none"
@@ -307,7 +307,7 @@ def test_second_rounds_train_on_the_best_rows_or_on_those_that_proved_good(tmp_p
     assert 0 < selector.proved_good.sum() < len(good)
     proved_rows = problem.faulty.select(np.flatnonzero(selector.proved_good.numpy()))
     assert proved["prompt"][:] == [*proved_rows["prompt"], *trusted]
-    result = _results(tmp_path / "seed3")[methods.PROVED_ROUND]
+    result = _results(tmp_path / "seed3")[methods.ROUNDS[1]]
     assert result["kept_questions"] == pytest.approx(selector.proved_good.float().mean().item())
     assert result["kept_right"] == pytest.approx((selector.proved_good.numpy() & good).mean())
 
@@ -407,10 +407,10 @@ def test_ratios_are_to_the_same_seeds_sft(tmp_path):
     for seed, seconds in ((0, 10.0), (1, 20.0)):
         files = settings.SeedFiles(tmp_path / f"seed{seed}", 4, settings.Setting())
         files.folder.mkdir()
-        for method, match, factor in (("SFT", 0.2, 1), (tables.BEST, 0.8, 1.5), ("BMO", 0.5, 3)):
+        for method, match, factor in (("SFT", 0.2, 1), (tables.ORACLE, 0.8, 1.5), ("BMO", 0.5, 3)):
             measures = {"exact_match": match + seed / 10, "seconds": factor * seconds}
             files.write_result(method, measures, np.zeros(3))
-    results = tables.read_results(tmp_path, ["SFT", "BMO", tables.BEST], [0, 1], 4, settings.Setting())
+    results = tables.read_results(tmp_path, ["SFT", "BMO", tables.ORACLE], [0, 1], 4, settings.Setting())
     for seed in (0, 1):
         assert results["BMO"][seed]["time_ratio"] == pytest.approx(3)
         assert results["BMO"][seed]["of_the_way"] == pytest.approx(0.5)
