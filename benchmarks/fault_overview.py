@@ -44,6 +44,8 @@ SHARES = [name for name, problem in PROBLEMS.items() if problem == Setting(fault
 OTHER_PROBLEMS = [name for name in PROBLEMS if name not in SHARES]
 OURS = {"one run of BDS": FIRST_ROUND, "second round": SECOND_ROUND}
 RIVALS = (DIFFERENCE, TRUSTED_LOSS)
+UNTOLD = (SFT, TRUSTED, ABOVE_ZERO, FIRST_ROUND, PROVED_ROUND)
+"""None of them knows how many rows are good."""
 CLOSEST = {
     **{method: method for method in (SFT, TRUSTED, *RIVALS)},
     **OURS,
@@ -85,14 +87,14 @@ class Results(NamedTuple):
                 values[int(folder.name.removeprefix("seed"))] = self.by_name[name][measure]
         return values
 
-    def differences(self, problem: str, method: str, other: str, measure: str) -> list[float]:
+    def differences(self, problem: str, method: str, other: str, measure: str) -> Values:
         """
         Method minus other, on the seeds that have both. The second round ranks by the loss of the model that it ends
         with: the other's ranking is then that of its last model as well, not the one that it began with.
         """
         of_other = "final_auroc_loss" if (method, measure) == (SECOND_ROUND, "auroc") else measure
         values, others = self.values(problem, method, measure), self.values(problem, other, of_other)
-        return [values[seed] - others[seed] for seed in values if seed in others]
+        return {seed: values[seed] - others[seed] for seed in values if seed in others}
 
 
 def side_by_side(results: Results, columns: Mapping[str, tuple[str, str]]) -> str:
@@ -139,12 +141,31 @@ def difference_table(results: Results, measure: str) -> str:
     return markdown(["problem", *columns], [[*row] for row in zip(PROBLEMS, *columns.values(), strict=True)])
 
 
-def _difference(differences: list[float]) -> str:
-    if not differences:
+def _difference(by_seed: Values) -> str:
+    if not by_seed:
         return "-"
+    differences = [*by_seed.values()]
     ahead = sum(difference > 0 for difference in differences)
     limits = f"{min(differences):+.3f} to {max(differences):+.3f}"
     return f"{statistics.mean(differences):+.3f} ({limits}), {ahead} of {len(differences)}"
+
+
+def seeds_table(results: Results) -> str:
+    """Ours minus the loss difference over all problems: on seeds that the defaults were chosen on, and on others."""
+    rows = []
+    for name, is_of in (("0 and 1", lambda seed: seed < 2), ("2 to 4", lambda seed: seed >= 2)):
+        cells = []
+        for method, measure in (*((method, "exact_match") for method in OURS.values()), (FIRST_ROUND, "auroc")):
+            by_problem = (results.differences(problem, method, DIFFERENCE, measure) for problem in PROBLEMS)
+            means = [
+                statistics.mean(some)
+                for by_seed in by_problem
+                if (some := [value for seed, value in by_seed.items() if is_of(seed)])
+            ]
+            cells.append(f"{statistics.mean(means):+.3f}" if means else "-")
+        rows.append([name, *cells])
+    header = [*(f"exact match: {name}" for name in OURS), "AUROC: one run of BDS"]
+    return markdown(["seeds", *header], rows)
 
 
 def all_methods_table(results: Results, measure: str, problems: Sequence[str]) -> str:
@@ -171,7 +192,7 @@ def verdict_table(results: Results) -> str:
         for method, measure in compared.values():
             counts = [0, 0, 0]
             for problem in PROBLEMS:
-                differences = results.differences(problem, method, other, measure)
+                differences = results.differences(problem, method, other, measure).values()
                 if differences:
                     ahead = sum(difference > 0 for difference in differences)
                     counts[0 if ahead == len(differences) else 1 if ahead else 2] += 1
@@ -249,6 +270,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
     "closest kept_good": lambda results: closest_table(results, "kept_good"),
     "last model": last_model_table,
+    "seeds": seeds_table,
+    "untold": lambda results: side_by_side(results, {name: (name, "exact_match") for name in UNTOLD}),
     "proved": lambda results: untold_table(results, PROVED_ROUND, SECOND_ROUND),
     "above zero": lambda results: untold_table(results, ABOVE_ZERO, DIFFERENCE),
     "unseen": unseen_table,
@@ -282,7 +305,7 @@ def _plot_differences(axes: Axes, results: Results, rival: str, measure: str) ->
     axes.axvline(0, color="0.4", linewidth=1)
     for index, (name, method) in enumerate(OURS.items()):
         for row, problem in enumerate(PROBLEMS):
-            differences = results.differences(problem, method, rival, measure)
+            differences = [*results.differences(problem, method, rival, measure).values()]
             height = row + 0.17 * (2 * index - 1)
             if differences:
                 dots = {"marker": "o", "linestyle": "", "markersize": 5, "alpha": 0.5}

@@ -44,7 +44,7 @@ def _rows(table):
 
 def test_differences_are_of_the_seeds_that_both_have(overview, results):
     differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "exact_match")
-    assert differences == pytest.approx([0.25, 0.2])
+    assert differences == pytest.approx({0: 0.25, 1: 0.2})
     rows = _rows(overview.difference_table(results, "exact_match"))
     assert rows["70 % bad"][:2] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
     assert rows["20 trusted rows"][:2] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
@@ -52,13 +52,20 @@ def test_differences_are_of_the_seeds_that_both_have(overview, results):
     assert len(rows["70 % bad"]) == 2  # nothing of the other rival
 
 
+def test_seeds_that_the_defaults_were_chosen_on_are_apart(overview, results):
+    results.by_name[f"seed2/4 epochs, {overview.RIVALS[0]}.json"] = {"exact_match": 0.4, "auroc": 0.0}
+    rows = _rows(overview.seeds_table(results))
+    # One run: 0.225 with 70 % bad rows, 0 with 20 trusted ones; second round 0.25 and 0
+    assert [float(cell) for cell in rows["0 and 1"]] == pytest.approx([0.1125, 0.125, -0.1125], abs=6e-4)
+    assert rows["2 to 4"] == ["+0.500", "-", "+0.100"]
+
+
 def test_a_second_round_is_held_against_the_last_model_of_a_rival(overview, results):
     rows = _rows(overview.difference_table(results, "auroc"))
     # 1 - 0.5 and 1 - 0.75, the rival's first rankings being 0.75 and 0.5
     assert rows["70 % bad"][1] == "+0.375 (+0.250 to +0.500), 2 of 2"
-    assert results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc") == pytest.approx(
-        [-0.25, -0.2]
-    )
+    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc")
+    assert differences == pytest.approx({0: -0.25, 1: -0.2})
     for method in ("SFT", "SFT on the trusted rows"):
         results.by_name[f"seed0/4 epochs, {method}.json"] = {"auroc": 0.25}
     assert _rows(overview.last_model_table(results))["70 % bad"] == ["1", "0.250", "0.250", "0.000", "0.500"]
