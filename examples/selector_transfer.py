@@ -8,7 +8,8 @@ accelerate launch examples/selector_transfer.py --config examples/configs/select
     --output_dir Qwen3-8B-Transfer
 ```
 
-Weights are joined by sample id, so the larger model may see other rows, too; those start at the mean weight.
+Weights are joined by sample id, so the larger model may see other rows, too; those start with
+the weight of a row of which nothing is known.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +29,11 @@ class ExampleArguments(ScriptArguments):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, BilevelSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
-    loading = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    loading = {
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
     datasets = {
         "train_dataset": load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
         "validation_dataset": load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),

@@ -134,6 +134,14 @@ GAP = Dataset.from_list([*ROWS.select(range(22)), {"prompt": "a", "completion": 
         (QUESTIONS.to_iterable_dataset(), TEXT, {"sample_id_column": "question"}, "`train_dataset` has the columns"),
         (TOKENS.add_column("labels", [[-100, 2, 3]] * 24), TOKENS, {}, "Of one dataset a column says which tokens"),
         (TOKENS, TOKENS.add_column("assistant_masks", [[0, 1, 1]] * 24), {}, "Give both of them `labels`, or neither"),
+        (
+            TOKENS.add_column("labels", [[-100, 2, 3]] * 24),
+            TOKENS.add_column("completion_mask", [[0, 1, 1]] * 24),  # which nothing reads
+            {},
+            "Of one dataset a column says which tokens",
+        ),
+        (TALKS.add_column("prompt", ["a"] * 24), TALKS, {}, "has a column 'prompt' and no 'completion'"),
+        (TALKS.rename_column("messages", "conversations"), TALKS, {}, "'conversations' of 'from' and 'value'"),
         (TALKS, TEXT, {"assistant_only_loss": True}, "needs conversations in `validation_dataset` too"),
     ],
 )
@@ -156,6 +164,17 @@ def test_row_formats_that_others_make_text_of_are_not_refused(make_config):
     check_row_formats(TALKS, TEXT, config, False)  # whole sequences count in both
     masked = TOKENS.add_column("assistant_masks", [[0, 1, 1]] * 24)
     check_row_formats(masked, TOKENS.add_column("labels", [[-100, 2, 3]] * 24), config, False)
+    completion_masked = TOKENS.add_column("completion_mask", [[0, 1, 1]] * 24)
+    check_row_formats(completion_masked, TOKENS, config, False)  # not read
+    for option in (True, False):
+        second = masked if option else TOKENS
+        check_row_formats(completion_masked, second, make_config(completion_only_loss=option), False)
+    check_row_formats(TOKENS.add_column("labels", [[1, 2, 3]] * 24), TOKENS, config, False)  # all of them count
+    shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    check_row_formats(
+        TALKS, Dataset.from_dict({"conversations": [shared]}), make_config(assistant_only_loss=True), False
+    )
+    check_row_formats(QUESTIONS.with_transform(lambda rows: {"text": rows["question"]}), TEXT, config, False)
     pairs = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
     check_row_formats(ROWS, pairs, make_config(validation_loss_type="dpo"), False)
     check_row_formats(GAP.select(range(20)), ROWS, config, False)  # the gaps were dropped

@@ -204,24 +204,24 @@ def test_resumed_run_equals_the_unbroken_one(make_trainer, method, stop_at):
 
 
 @pytest.mark.parametrize("value_function", ["adapter", "none"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_run_stopped_within_a_step_does_it_again(make_trainer, value_function, accumulation):
-    """As on SIGTERM: dropout had drawn for the step already."""
+@pytest.mark.parametrize(("accumulation", "step"), [(1, 0), (1, 2), (1, 6), (2, 2), (2, 3)])
+def test_run_stopped_within_a_step_does_it_again(make_trainer, value_function, accumulation, step):
+    """As on SIGTERM: dropout had drawn for the step already, and a dataloader for the epoch that the step begins."""
     options = {
         "peft_config": LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM"),
         "value_function": value_function,
         "gradient_accumulation_steps": accumulation,
         "per_device_validation_batch_size": 2,
-        "max_steps": 5,
+        "max_steps": 8,
     }
     unbroken = make_trainer(**copy.deepcopy(options))
     unbroken.train()
-    stop = StopWithinStep(2)
+    stop = StopWithinStep(step)
     folder = unbroken.args.output_dir + "-stopped"
     stop.trainer = make_trainer(**copy.deepcopy(options), callbacks=[stop], output_dir=folder)
     stop.trainer.train()
     resumed = make_trainer(**copy.deepcopy(options), output_dir=folder)
-    resumed.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{step}"))
     assert torch.equal(resumed.data_selector.weights(), unbroken.data_selector.weights())
     _assert_same_parameters(_parameters(resumed), _parameters(unbroken), 0)
 

@@ -74,6 +74,10 @@ def test_stream_of_unknown_types(tmp_path):
     assert written.to_list() == [{"a": None, "b": [], "c": None, "d": 2, **row} for row in rows]
     with pytest.raises(ValueError, match=r"Rows 2 to 3 do not fit .* `dataset.cast\(Features"):
         list(pieces_of_stream(IterableDataset.from_generator(lambda: iter([*rows[1:], {"a": 1.5, "b": 2}])), 2))
+    late = [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4, "b": 5}]
+    for rows in (late, [*late[:2], late[3], late[2]]):
+        with pytest.raises(ValueError, match=r"Rows 2 to 4 do not fit .*columns \['b'\] as well"):
+            list(pieces_of_stream(IterableDataset.from_generator(lambda rows=rows: iter(rows)), 2))
     with pytest.raises(ValueError, match="The stream has no rows"):
         write_parquet(IterableDataset.from_generator(lambda: iter(())), tmp_path / "none.parquet")
 

@@ -138,6 +138,7 @@ def test_only_what_changed_is_scored_again(make_trainer, tmp_path, monkeypatch):
     assert scored[3:] == [5, 5, 3]
     assert grown["prompt"][:] == [row["prompt"] for row in rows]
     assert len(trainer.score(stream(7), tmp_path / "stream", chunk_size=5)) == 7
+    assert len(list((tmp_path / "stream").glob("*.parquet"))) == 2
     scored.clear()
     trainer.score(Dataset.from_list(rows), tmp_path / "rows", chunk_size=5)
     corrected = [{**row, "completion": " 7"} if number == 8 else row for number, row in enumerate(rows)]

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from trl_bilevel import DataSelector
 from trl_bilevel.run_records import read_selector
 from trl_bilevel.selector_files import SELECTOR_TABLE_NAME, write_selector_table
+from trl_bilevel.selector_setup import build_selector
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -71,6 +72,20 @@ def test_a_sigmoid_prior_is_not_taken_over(prior):
     mass = torch.sigmoid(expected)
     risen = ((mass[[0, 2]] - prior) / (1 - prior)).clamp(min=0).sum()
     assert other.proved_rows == pytest.approx(risen.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("has_value_function", "options", "kept"), [
+    (False, {}, True), (True, {"selector_learning_rate": 0.0}, True), (False, {"selector_learning_rate": 0.0}, True),
+    (True, {}, False), (True, {"selector_learning_rate": 0.0, "selector_prior": 0.4}, False),
+])  # fmt: skip
+def test_weights_that_nothing_judges_stay_as_they_are(make_config, has_value_function, options, kept):
+    """Only a run that goes on to judge rows by a prior of its own takes them over to it."""
+    known = _trained(5, [0, 1, 2, 3, 4], "sigmoid", prior=0.3)
+    selector = build_selector(make_config(**options), has_value_function, known, known.sample_ids, None)
+    selector.start_from(known)
+    assert selector.prior == (0.3 if kept else options.get("selector_prior", 0.2))
+    same = torch.allclose(selector.weights(), known.weights(), rtol=1e-6)
+    assert same == kept
 
 
 def test_sources_start_with_the_mean_logit_of_their_rows():

@@ -155,8 +155,19 @@ class Checkpointing(SFTTrainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """As in Trainer; and the random state is kept, of which a checkpoint within the step is."""
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._begun_step, self._begun_at = self.state.global_step, RandomState(self.args.device)
+        if self._begun_step is not None:
+            self._begun_at = RandomState(self.args.device)
+        self._begun_step = self.state.global_step
         return batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # A dataloader draws a seed: into an epoch's first step Trainer goes with the state of before that
+        self._begun_step, self._begun_at = None, RandomState(self.args.device)
+        return super()._run_epoch(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._begun_at = RandomState(self.args.device)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # On SIGTERM within a step, which is done again: dropout has drawn for it already

@@ -106,6 +106,8 @@ def pieces_of_stream(rows: IterableDataset, num_rows: int) -> Iterator[Dataset]:
     while piece := list(itertools.islice(stream, num_rows)):
         names = dict.fromkeys(features or (name for row in piece for name in row))
         try:
+            if rows.features is None and (unknown := {name for row in piece for name in row} - names.keys()):
+                raise ValueError(f"they have the columns {sorted(unknown)} as well")
             dataset = Dataset.from_list([{**dict.fromkeys(names), **row} for row in piece], features=features)
         except (pa.ArrowInvalid, TypeError, ValueError) as error:
             raise ValueError(

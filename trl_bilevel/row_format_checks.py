@@ -5,12 +5,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
+from trl.data_utils import is_conversational, is_conversational_from_value
 
 from .bilevel_sft_config import BilevelSFTConfig
-
-
-_MASKS = {"labels", "completion_mask", "assistant_masks"}
 
 
 def check_row_formats(
@@ -27,8 +24,7 @@ def check_row_formats(
     Raises:
         `ValueError`: naming the dataset, its columns and the cure.
     """
-    is_prepared = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
-    if is_prepared or has_formatting_func:
+    if has_formatting_func or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
     named = {"train_dataset": training}
     if args.validation_loss_type == "nll":
@@ -36,20 +32,33 @@ def check_row_formats(
     first_rows = {name: next(iter(dataset)) for name, dataset in named.items()}
     for name, dataset in named.items():
         read = _columns_read(name, first_rows[name], args.dataset_text_field)
-        if isinstance(dataset, Dataset):
+        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
             _refuse_gaps(name, dataset, read)
     if "validation_dataset" in named:
-        _refuse_other_tokens(first_rows, args.assistant_only_loss)
+        _refuse_other_tokens(first_rows, args)
 
 
 def _columns_read(name: str, row: dict[str, Any], text_field: str) -> list[str]:
-    for needed in (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
-        if all(column in row for column in needed):
-            return needed
+    """As TRL looks for them, in this order."""
+    if "input_ids" in row:
+        return ["input_ids"]
+    if "prompt" in row:
+        if "completion" in row:
+            return ["prompt", "completion"]
+        raise ValueError(
+            f"`{name}` has a column 'prompt' and no 'completion', but {[*row]}. Add the completions, or drop the "
+            f"prompts: `{name}.remove_columns('prompt')`."
+        )
+    if "messages" in row:
+        return ["messages"]
+    if is_conversational_from_value(row):
+        return ["conversations"]
+    if text_field in row:
+        return [text_field]
     raise ValueError(
         f"`{name}` has the columns {[*row]}, of which TRL can make no text. It reads 'messages', 'prompt' with "
-        f"'completion', or {text_field!r} (`dataset_text_field`): rename yours, `{name}.rename_column(...)`, or pass "
-        "a `formatting_func`."
+        f"'completion', 'conversations' of 'from' and 'value', or {text_field!r} (`dataset_text_field`). Rename yours "
+        f"with `{name}.rename_column(...)`, or pass a `formatting_func`."
     )
 
 
@@ -65,16 +74,26 @@ def _refuse_gaps(name: str, dataset: Dataset, columns: list[str]) -> None:
             )
 
 
-def _refuse_other_tokens(first_rows: dict[str, dict[str, Any]], assistant_only_loss: bool) -> None:
-    masks = {name: sorted(_MASKS & row.keys()) for name, row in first_rows.items() if "input_ids" in row}
-    if masks and len({*map(bool, masks.values())}) > 1:
+def _refuse_other_tokens(first_rows: dict[str, dict[str, Any]], args: BilevelSFTConfig) -> None:
+    are_tokenized = "input_ids" in first_rows["validation_dataset"]
+    masks = {name: _masks(row, args.completion_only_loss) for name, row in first_rows.items()}
+    if are_tokenized and len({*map(bool, masks.values())}) > 1:
         raise ValueError(
             "Of one dataset a column says which tokens count, of the other none does, so that the losses would cover "
             f"other tokens: {masks}. Give both of them `labels`, or neither."
         )
     row = first_rows["validation_dataset"]
-    if assistant_only_loss and not masks and not is_conversational(row):
+    is_conversation = is_conversational(row) or is_conversational_from_value(row)
+    if args.assistant_only_loss and not are_tokenized and not is_conversation:
         raise ValueError(
             "`assistant_only_loss=True` needs conversations in `validation_dataset` too, so that both losses cover "
             f"the same tokens; its columns are {[*row]}. Make messages of them, or leave the option out."
         )
+
+
+def _masks(row: dict[str, Any], completion_only_loss: bool | None) -> list[str]:
+    """The columns of a tokenized row that TRL takes the loss's tokens from."""
+    if "labels" in row:
+        return [] if list(row["labels"]) == list(row["input_ids"]) else ["labels"]
+    read = ["assistant_masks", "completion_mask"] if completion_only_loss else ["assistant_masks"]
+    return [name for name in read if name in row]

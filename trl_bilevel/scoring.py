@@ -204,6 +204,8 @@ def score_to_files(
     for chunk, table in _score_chunks(scorer, dataset, chunk_size, is_scored):
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _digest(chunk.rows)})
         write_whole(_chunk_path(folder, chunk.number), partial(pa.parquet.write_table, table))
+    for path in set(folder.glob("scored-*.parquet")) - set(files):  # of a stream that has become shorter
+        path.unlink()
     return files
 
 

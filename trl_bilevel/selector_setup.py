@@ -38,7 +38,8 @@ def build_selector(
     activation = args.selector_activation or (default_activation if given is None else given.activation)
     # Excess losses in sigmoid weights: each row is judged on its own
     on_its_own = has_value_function and activation == "sigmoid"
-    if not on_its_own and args.selector_prior != BilevelSFTConfig.__dataclass_fields__["selector_prior"].default:
+    is_prior_default = args.selector_prior == BilevelSFTConfig.__dataclass_fields__["selector_prior"].default
+    if not on_its_own and not is_prior_default:
         raise ValueError(
             f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
             "function. Leave it out."
@@ -52,6 +53,9 @@ def build_selector(
     if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
         learning_rate = _EXCESS_LOSS_LEARNING_RATE
     prior = args.selector_prior if on_its_own else 0.5
+    if given is not None and given.activation == "sigmoid" and is_prior_default:
+        # Weights that stay as they are must not be moved to another prior; without a value function it judges nothing
+        prior = given.prior if learning_rate == 0 or not on_its_own else prior
     if sample_ids is None:
         return StreamedSelector(activation, learning_rate, centered=not on_its_own, prior=prior)
     return DataSelector(
