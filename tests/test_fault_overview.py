@@ -45,7 +45,7 @@ def _rows(table):
 def test_differences_are_of_the_seeds_that_both_have(overview, results):
     differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "exact_match")
     assert differences == pytest.approx({0: 0.25, 1: 0.2})
-    rows = _rows(overview.difference_table(results, "exact_match"))
+    rows = _rows(overview.difference_table(results, overview.AGAINST_RIVALS, "exact_match"))
     assert rows["70 % bad"][:2] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
     assert rows["20 trusted rows"][:2] == ["+0.000 (-0.250 to +0.250), 1 of 2", "+0.000 (+0.000 to +0.000), 0 of 1"]
     assert rows["10 % bad"] == ["-"] * 2
@@ -61,7 +61,7 @@ def test_seeds_that_the_defaults_were_chosen_on_are_apart(overview, results):
 
 
 def test_a_second_round_is_held_against_the_last_model_of_a_rival(overview, results):
-    rows = _rows(overview.difference_table(results, "auroc"))
+    rows = _rows(overview.difference_table(results, overview.AGAINST_RIVALS, "auroc"))
     # 1 - 0.5 and 1 - 0.75, the rival's first rankings being 0.75 and 0.5
     assert rows["70 % bad"][1] == "+0.375 (+0.250 to +0.500), 2 of 2"
     differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc")
