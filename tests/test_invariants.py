@@ -203,8 +203,10 @@ def test_resumed_run_equals_the_unbroken_one(make_trainer, method, stop_at):
     assert _logged(resumed, "validation_loss")[-1] == _logged(unbroken, "validation_loss")[-1]
 
 
-@pytest.mark.parametrize("value_function", ["adapter", "none"])
-@pytest.mark.parametrize(("accumulation", "step"), [(1, 0), (1, 2), (1, 6), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("value_function", "accumulation", "step"),
+    [("adapter", 1, 0), ("adapter", 1, 6), ("adapter", 2, 2), ("adapter", 2, 3), ("none", 1, 2), ("none", 2, 3)],
+)
 def test_run_stopped_within_a_step_does_it_again(make_trainer, value_function, accumulation, step):
     """As on SIGTERM: dropout had drawn for the step already, and a dataloader for the epoch that the step begins."""
     options = {
