@@ -55,7 +55,7 @@ def test_both_levels_offload_activations(make_trainer):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's tracer, about itself and TRL's loss
-@pytest.mark.parametrize("value_function", [None, "adapter"])
+@pytest.mark.parametrize("value_function", [pytest.param(None, marks=pytest.mark.slow), "adapter"])
 def test_compiled_model(make_trainer, value_function):
     """Traced and differentiated as by any backend, without the minutes that generating code takes."""
     options = {"value_function": value_function, "max_steps": 3}

@@ -278,7 +278,7 @@ def test_collator_puts_every_response_in_place_of_the_original(tmp_path):
     assert refined.log_probs == [[], [-0.5] * 3, [-0.5], []]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_refresh_reaches_workers_that_live_on(tmp_path, context):
     """Persistent workers, started before the refresh: the public code looks its responses up once and keeps them."""
     store = ResponseStore(tmp_path)

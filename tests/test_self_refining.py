@@ -427,7 +427,10 @@ def _assert_same_run(first, second):
     ("options", "stops"),
     [({}, (1, 2, 3, 5, 6, 9)), ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, (2, 5, 6)),
      ({"dataloader_num_workers": 2}, (2, 5)),
-     ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}, (2, 5)),
+     pytest.param(
+         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}, (2, 5),
+         marks=pytest.mark.slow,
+     ),
      ({"selection_method": "bmo", "gradient_accumulation_steps": 2}, (1, 2, 3, 4))],
     ids=["plain", "accumulation", "workers", "persistent workers", "bmo"],
 )  # fmt: skip
