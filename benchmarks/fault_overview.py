@@ -88,10 +88,11 @@ class Results(NamedTuple):
     def values(self, problem: str, method: str, measure: str) -> Values:
         """Of the seeds that have it, in their order."""
         values = {}
-        for folder in sorted({Path(name).parent for name in self.by_name}):
-            name = SeedFiles(folder, _EPOCHS, PROBLEMS[problem]).result(method).as_posix()
-            if measure in self.by_name.get(name, {}):
-                values[int(folder.name.removeprefix("seed"))] = self.by_name[name][measure]
+        file = SeedFiles(Path(), _EPOCHS, PROBLEMS[problem]).result(method).name
+        for folder in sorted({name.partition("/")[0] for name in self.by_name}):
+            result = self.by_name.get(f"{folder}/{file}", {})
+            if measure in result:
+                values[int(folder.removeprefix("seed"))] = result[measure]
         return values
 
     def differences(self, problem: str, method: str, other: str, measure: str) -> Values:

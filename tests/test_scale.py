@@ -260,6 +260,7 @@ def test_resume_on_fewer_processes(one, two, tmp_path):
     _check_same(one, resumed, "whole", "rest")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies(one, tmp_path):
     """SIGKILL after step 3: the launcher ends the others and says why; the checkpoint of step 2 goes on."""
     start = time.monotonic()
