@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 
 from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
+from trl_bilevel.random_state import batch_seed
 from trl_bilevel.refine_prompts import QuestionReader, check_refinable, decode_response, stop_token_ids, visible_answer
-from trl_bilevel.response_generation import TransformersGenerator, VLLMGenerator, batch_seed, ready_to_generate
+from trl_bilevel.response_generation import TransformersGenerator, VLLMGenerator, ready_to_generate
 
 
 def _config(**options):

@@ -27,9 +27,9 @@ from .losses import (
 from .packing import PackedRows
 from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_LENGTHS, ROW_OF_SEQUENCE, SAMPLE_INDICES
 from .preference_pairs import REFERENCE_NLL
+from .random_state import batch_seed, random_state_kept
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
-from .response_generation import batch_seed, random_state_kept
 from .row_gathering import RowGathering
 from .selection_methods import build_selection
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step

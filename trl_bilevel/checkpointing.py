@@ -24,10 +24,10 @@ from .checkpoint_files import (
     write_manifest,
 )
 from .data_selector import DataSelector
+from .random_state import RandomState
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
-from .response_generation import RandomState
 from .row_scores import save_scores
 from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings

@@ -235,13 +235,7 @@ class DataSelector:
         """Logit of an answer of which nothing is known yet: of the mean weight, or for the sigmoid of the prior."""
         if self.activation == "sigmoid":
             return math.log(self.prior / (1 - self.prior))
-        return self.mean_logit
-
-    @property
-    def mean_logit(self) -> float:
-        """Logit of the mean weight."""
-        mean = self._sums.total / self.num_rows
-        return self._sums.shift + math.log(mean) if self.activation == "softmax" else math.log(mean / (1 - mean))
+        return self._sums.shift + math.log(self._sums.total / self.num_rows)
 
     @property
     def proved_good(self) -> torch.Tensor:

@@ -22,12 +22,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from .random_state import batch_seed
 from .refine_prompts import Question, QuestionReader, decode_response, visible_answer
 from .refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
 from .refinement_config import RefinementConfig
 from .refinement_settings import refinement_settings
 from .response_checks import FLAWS, RewardFunc, find_flaws, sum_rewards
-from .response_generation import ResponseGenerator, VLLMGenerator, batch_seed
+from .response_generation import ResponseGenerator, VLLMGenerator
 
 
 logger = get_logger(__name__)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -15,6 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from .fitting_batches import FittingBatches
+from .random_state import batch_seed, random_state_kept
 from .refinement_config import RefinementConfig
 
 
@@ -61,33 +61,6 @@ def ready_to_generate(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """What is drawn inside changes nothing outside; with a `seed` it depends on nothing outside either."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
-class RandomState:
-    """What PyTorch draws from, as it is when this is created."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._state = torch.get_rng_state()
-        self._device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """That state in place of the one of now."""
-        with random_state_kept(self._device):
-            torch.set_rng_state(self._state)
-            if self._device_state is not None:
-                torch.cuda.set_rng_state(self._device_state, self._device)
-            yield
-
-
-@contextmanager
 def own_generation_config_aside(model: torch.nn.Module, config: GenerationConfig) -> Iterator[None]:
     """
     `config` in place of the model's own, which `generate` takes whatever `config` does not set from.
@@ -104,11 +77,6 @@ def own_generation_config_aside(model: torch.nn.Module, config: GenerationConfig
     finally:
         for module, generation_config in own.items():
             module.generation_config = generation_config
-
-
-def batch_seed(seed: int, step: int, batch: int) -> int:
-    """A seed of its own for every batch of every step, whichever process draws by it."""
-    return int(np.random.SeedSequence([seed, step, batch]).generate_state(1)[0])
 
 
 class TransformersGenerator:

@@ -195,18 +195,20 @@ def score_to_files(
         folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
     )
 
-    files = []
+    digests: dict[Path, str] = {}  # of the chunks, in their order
 
     def is_scored(chunk: _Chunk) -> bool:
-        files.append(_chunk_path(folder, chunk.number))
-        return _read_digest(files[-1]) == _digest(chunk.rows)
+        path = _chunk_path(folder, chunk.number)
+        digests[path] = _digest(chunk.rows)
+        return _read_digest(path) == digests[path]
 
     for chunk, table in _score_chunks(scorer, dataset, chunk_size, is_scored):
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _digest(chunk.rows)})
-        write_whole(_chunk_path(folder, chunk.number), partial(pa.parquet.write_table, table))
-    for path in set(folder.glob("scored-*.parquet")) - set(files):  # of a stream that has become shorter
+        path = _chunk_path(folder, chunk.number)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: digests[path]})
+        write_whole(path, partial(pa.parquet.write_table, table))
+    for path in set(folder.glob("scored-*.parquet")) - digests.keys():  # of a stream that has become shorter
         path.unlink()
-    return files
+    return [*digests]
 
 
 def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
