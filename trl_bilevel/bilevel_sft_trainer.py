@@ -77,6 +77,12 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             With `refine_ratio` above 0, decide which refined responses are used: functions as
             [`~trl.GRPOTrainer`] takes them, of `prompts`, `completions` and the dataset's columns.
 
+    Attributes:
+        data_selector ([`DataSelector`]): the rows' weights, `data_selector.weights()`.
+        validation_weight (`float`): lambda, as it is now.
+        value_function ([`~trl_bilevel.value_function.ValueFunction`] or `None`): whether there is one.
+        validation_dataset (`datasets.Dataset`): the trusted rows, prepared for training.
+
     Raises:
         `ValueError` or `TypeError`: for datasets or options that cannot work, before training starts.
 
@@ -84,13 +90,15 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
 
     ```python
     from datasets import load_dataset
+    from peft import LoraConfig
     from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 
     trainer = BilevelSFTTrainer(
         model="Qwen/Qwen3-0.6B",
-        args=BilevelSFTConfig(output_dir="out"),
+        args=BilevelSFTConfig(output_dir="out", learning_rate=2e-4),
         train_dataset=load_dataset("json", data_files="mixture.jsonl", split="train"),
         validation_dataset=load_dataset("json", data_files="trusted.jsonl", split="train"),
+        peft_config=LoraConfig(),
     )
     trainer.train()
     curated = trainer.curate(keep_ratio=0.7)
@@ -265,7 +273,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             [`~trl_bilevel.streamed_curation.curate_stream`].
 
         Raises:
-            `ValueError`: if `keep_ratio` is out of range.
+            `ValueError`: if `keep_ratio` is out of range, or if training has seen no row of a stream yet.
         """
         if isinstance(self.data_selector, StreamedSelector):
             return curate_stream(self._source_dataset, self._stream_ids, self.data_selector, keep_ratio)
@@ -308,8 +316,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             NaN for rows without completion tokens after truncation.
 
         Raises:
-            `ValueError`: for a stream without `output_dir`, an empty dataset, columns that scoring adds itself, or an
-                `output_dir` with scores of another model.
+            `ValueError`: for a stream without `output_dir`, an empty dataset, columns that scoring adds itself, an
+                `output_dir` with scores of another model, or in a run of several processes.
         """
         if self.args.world_size > 1:
             raise ValueError("Scoring runs on one process. Save the model and use `trl-bilevel score`.")

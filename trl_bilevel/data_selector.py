@@ -287,6 +287,10 @@ class DataSelector:
         """
         Restore what `save` wrote.
 
+        Args:
+            directory (`str` or `os.PathLike`): where it was written.
+            fingerprint (`str`): as given to `save`; that of a stream has no meaning.
+
         Raises:
             `FileNotFoundError`: if the directory holds no selector state.
             `ValueError`: if the file is damaged, or belongs to other rows or to another kind of selector.

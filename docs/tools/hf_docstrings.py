@@ -6,7 +6,7 @@ from typing import Any
 import griffe
 
 
-_SECTION = re.compile(r"(Args|Parameters|Returns|Raises):")
+_SECTION = re.compile(r"(Args|Parameters|Attributes|Returns|Raises):")
 _TITLES = {"Args": "Parameters"}
 # name (`type`, *optional*, defaults to `x`): or: name, name, ...: or: `ErrorType`:
 _ITEM = re.compile(r"(?P<names>[`\[\]\w*., ~]+?)(?: \((?P<type>.+?)\))?:(?: (?P<text>.*))?")
