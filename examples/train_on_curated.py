@@ -11,8 +11,8 @@ accelerate launch examples/train_on_curated.py --model_name_or_path Qwen/Qwen3-8
     --dataset_name me/mixture-curated --keep_ratio 0.5 --output_dir large
 ```
 
-From the disk: `trl-bilevel curate small --keep_ratio 0.7 --output_dir curated`, and `--dataset_name curated`. `--keep_ratio` of this script is a share of
-the rows of that dataset.
+From the disk: `trl-bilevel curate small --keep_ratio 0.7 --output_dir curated`, and `--dataset_name curated`. This
+script's `--keep_ratio` is a share of the rows of that dataset.
 
 To let the larger run go on learning the weights, give them to it instead: `trl-bilevel sft ... --data_selector small`.
 """

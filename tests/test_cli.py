@@ -187,10 +187,14 @@ def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub, run_example):
     options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
     _sft(*options)
     assert "model.safetensors" in hub.files("model", "me/model")
-    assert main(["push", str(tmp_path / "out"), "me/rows", "--keep_ratio", "0.5", "--license", "mit"]) == 0
+    push = ["push", str(tmp_path / "out"), "me/rows", "--keep_ratio", "0.5", "--license", "mit", "--private"]
+    assert main(push) == 0
+    assert hub.repo("dataset", "me/rows").private
     published = load_dataset("me/rows", split="train")
     assert len(published) == 12
-    assert main(["curate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cut"), "--keep_ratio", "0.5"]) == 0
+    (tmp_path / "cut.yaml").write_text("keep_ratio: 0.5\n")
+    curate = ["curate", str(tmp_path / "out"), "--output_dir", str(tmp_path / "cut")]
+    assert main([*curate, f"--config={tmp_path / 'cut.yaml'}"]) == 0
     cut = load_dataset(str(tmp_path / "cut"), split="train", cache_dir=str(tmp_path))
     assert cut.to_list() == published.to_list()
     options = _training_options(files, tmp_path / "elsewhere")
@@ -233,6 +237,8 @@ def test_local_folders_and_files_load(files, tmp_path):
     assert load_split(str(files / "parquet" / "train.parquet"), None, "train").to_list() == rows
     prompt_completion_rows(10, 1000).to_csv(tmp_path / "rows.csv")
     assert load_split(str(tmp_path / "rows.csv"), None, "train").to_list() == rows
+    prompt_completion_rows(10, 1000).to_json(tmp_path / "rows [v2] *.jsonl")  # a name, no pattern
+    assert load_split(str(tmp_path / "rows [v2] *.jsonl"), None, "train").to_list() == rows
     DatasetDict(test=prompt_completion_rows(10, 1000)).save_to_disk(tmp_path / "splits")
     assert load_split(str(tmp_path / "splits"), None, "test").to_list() == rows
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from trl_bilevel.curation import count_kept, curate_dataset
+from trl_bilevel.curation import count_kept, curate_dataset, rows_worst_first
 from trl_bilevel.hub import load_curated_dataset, publish_curated_dataset
 from trl_bilevel.report import build_report
 from trl_bilevel.scripts.sft import BilevelScriptArguments
@@ -35,6 +35,13 @@ def test_all_rows_scored():
 )
 def test_best_rows_are_kept_in_their_order(keep_ratio, kept):
     assert curate_dataset(ROWS, IDS, WEIGHTS, SCORES, SCORED, keep_ratio)["text"] == list(kept)
+
+
+def test_rows_without_a_score_are_not_the_worst():
+    curated = curate_dataset(ROWS, IDS, WEIGHTS, SCORES, SCORED)
+    assert [curated["text"][row] for row in rows_worst_first(curated)] == ["e", "a", "d", "b"]  # "c" was not scored
+    nothing_known = curate_dataset(ROWS, IDS, WEIGHTS, SCORES, np.zeros(5, dtype=bool))
+    assert len(rows_worst_first(nothing_known)) == 5
 
 
 def test_id_column_of_the_dataset_is_kept_as_it_is():

@@ -26,9 +26,10 @@ from trl import SFTConfig
 import trl_bilevel.hub_errors
 from trl_bilevel import BilevelSFTConfig, DataSelector, dataset_card, load_curated_dataset
 from trl_bilevel.cli import main
+from trl_bilevel.dataset_sources import describe_dataset, source_text
 from trl_bilevel.hub import publish_curated_dataset
 from trl_bilevel.hub_errors import PublishError
-from trl_bilevel.run_records import curate_run, describe_dataset, describe_run, source_text
+from trl_bilevel.run_records import curate_run, describe_run
 from trl_bilevel.scripts import sft
 
 
@@ -135,6 +136,57 @@ def test_examples_in_a_card_show_conversations_of_any_kind():
     assert dataset_card._plain(shared) == "human: Hi / gpt: Hello"
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     assert dataset_card._plain([{"role": "user", "content": "1 + 1"}, call]) == f"user: 1 + 1 / {call}"
+
+
+def test_examples_in_a_card_show_the_answer():
+    """Whatever comes before it."""
+    question, answer = "why " * 200, "because"
+    assert dataset_card._example([question, answer]).endswith(" / because")
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert dataset_card._example([turns * 5]).endswith("… / … / assistant&#58; because")
+    assert len(dataset_card._example([question] * 30)) < 30 * 60
+
+
+def test_card_shows_no_row_without_a_score_as_dropped_for_its_weight(hub, make_trainer):
+    trainer = make_trainer(max_steps=2)  # 16 of 24 rows
+    trainer.train()
+    trainer.push_curated_dataset(REPO, keep_ratio=0.5)
+    dropped = _card(hub).text.partition("Dropped, of the lowest weight")[2]
+    weights = [float(line.split("|")[1]) for line in dropped.splitlines() if re.match(r"\| \d", line)]
+    scored = trainer.curate().filter(lambda row: row["scored"] and row["rank"] > 12)
+    assert len(scored) < 5
+    assert weights == pytest.approx(sorted(scored["weight"]), abs=1e-3)
+
+
+def test_trainer_that_has_not_trained_publishes_nothing_and_leaves_the_run(hub, trained, make_trainer):
+    trained.save_model()
+    again = make_trainer()  # in the same folder, as after a restart
+    files = {path: path.read_bytes() for path in Path(again.args.output_dir).rglob("_*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"No row of this trainer has a score.*trl-bilevel push .* {REPO}"):
+        again.push_curated_dataset(REPO)
+    again.data_selector.load(again.args.output_dir, again._rows_fingerprint)
+    again.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert _load().to_list() == trained.curate(keep_ratio=0.5).to_list()
+    assert {path: path.read_bytes() for path in Path(again.args.output_dir).rglob("_*") if path.is_file()} == files
+
+
+def test_push_of_a_running_job_is_of_one_moment(hub, make_trainer, monkeypatch):
+    """Its next checkpoint may come while the rows of the last one are read."""
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=4)
+    trainer.train()
+    run = Path(trainer.args.output_dir)
+    later = run.with_name("later")
+    (run / "checkpoint-4").rename(later)
+
+    def and_then_a_checkpoint(*args):
+        curated = curate_run(*args)
+        later.rename(run / "checkpoint-4")
+        return curated
+
+    monkeypatch.setattr("trl_bilevel.run_records.curate_run", and_then_a_checkpoint)
+    main(["push", str(run), REPO])
+    expected = dict(zip(*(_load("scores")[name] for name in ("sample_id", "weight")), strict=True))
+    assert DataSelector.from_pretrained(REPO).weights().tolist() == pytest.approx([*expected.values()])
 
 
 def test_card_says_what_it_must(hub, trained):
@@ -306,6 +358,23 @@ def test_where_a_dataset_comes_from_is_recorded(hub, trained, make_trainer):
     assert commit.oid in card.text
     assert f"--dataset_name {REPO} \\\n    --dataset_config curated" in card.text
     assert (card.data.license, card.data.language) == ("mit", ["en"])  # carried from the source
+
+
+@pytest.mark.parametrize("name", ["me/OpenOrca", "me/GSM8K_v2.5", "me/plain"])
+def test_repository_of_a_name_in_capitals(hub, name):
+    prompt_completion_rows(4).push_to_hub(name)
+    (source,) = describe_dataset(load_dataset(name, split="train"))["sources"]
+    assert source["id"] == name
+
+
+def test_repository_whose_downloads_were_deleted(hub, monkeypatch, tmp_path):
+    for name in ("me/plain", "me/open_orca"):
+        prompt_completion_rows(4).push_to_hub(name)
+    rows = {name: load_dataset(name, split="train") for name in ("me/plain", "me/open_orca")}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert [source["id"] for source in describe_dataset(rows["me/plain"])["sources"]] == ["me/plain"]
+    description = describe_dataset(rows["me/open_orca"])  # which may be `OpenOrca`
+    assert (description["sources"], description["has_other_rows"]) == ([], True)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +635,7 @@ def test_options_in_a_card_say_nothing_of_the_machine(make_config, build_model, 
 
 def test_prompt_template_with_code_stays_in_its_place(hub, make_trainer):
     trainer = make_trainer(refine_prompt_template=CHANGED["refine_prompt_template"][0], max_steps=1, **_REFINE)
-    trainer._save_records(trainer.args.output_dir)
+    trainer.train()
     trainer.push_curated_dataset(REPO)
     text = _card(hub).text
     assert re.search(r"^````bash\npip install[^`]*```[^`]*```[^`]*\n````$", text, flags=re.MULTILINE)

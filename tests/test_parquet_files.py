@@ -1,7 +1,8 @@
 """Parquet files: the rows and types that `datasets` itself would write, without holding all of them."""
 
+import PIL.Image
 import pytest
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 
 from trl_bilevel import parquet_files
 from trl_bilevel.dataset_checks import hash_rows
@@ -21,6 +22,17 @@ ROWS = Dataset.from_dict(
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     monkeypatch.setattr(parquet_files, "_ROWS_PER_PIECE", 10)
+
+
+def test_content_of_files_goes_along(tmp_path):
+    """Not their paths, which say something of this machine and nothing to others."""
+    PIL.Image.new("L", (2, 2), 7).save(tmp_path / "shade.png")
+    rows = Dataset.from_dict({"text": ["a"], "picture": [str(tmp_path / "shade.png")]}).cast_column("picture", Image())
+    write_parquet(rows, tmp_path / "rows.parquet")
+    (tmp_path / "shade.png").unlink()
+    assert str(tmp_path).encode() not in (tmp_path / "rows.parquet").read_bytes()
+    (row,) = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert row["picture"].getpixel((0, 0)) == 7
 
 
 @pytest.mark.parametrize(

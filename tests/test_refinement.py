@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_bilevel import DataSelector, RefinementConfig, SelfRefiningCollator
 from trl_bilevel.refine_prompts import Question
 from trl_bilevel.refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
+from trl_bilevel.refined_rows import _with_replacements
 from trl_bilevel.refinement import Candidates, choose_rows, refresh_metrics
 from trl_bilevel.response_checks import check_reward_funcs, find_flaws, sum_rewards
 
@@ -308,6 +309,18 @@ def test_collator_holds_no_model_and_travels_without_its_responses(tmp_path):
 # ---- Guard rails ----
 def _flaw(text="12", tokens=(1, 2), log_probs=(-0.1, -0.2), finished=True, original="13"):
     return find_flaws([text], [list(tokens)], [list(log_probs)], [finished], original)[0]
+
+
+def test_answers_are_replaced_chunk_by_chunk():
+    """As one array a column of more than 2 GiB does not fit into Arrow."""
+    values = [f"row {row}" for row in range(20)]
+    column = pa.chunked_array([values[:5], values[5:12], values[12:12], values[12:]])
+    rows = np.array([19, 0, 13, 4])
+    replaced = _with_replacements(column, rows, pa.array(["a", "b", "c", "d"]))
+    expected = {**dict(enumerate(values)), 19: "a", 0: "b", 13: "c", 4: "d"}
+    assert replaced.to_pylist() == [*expected.values()]
+    assert [len(chunk) for chunk in replaced.chunks] == [5, 7, 0, 8]
+    assert replaced.chunk(1).buffers()[2].address == column.chunk(1).buffers()[2].address  # untouched, not copied
 
 
 def test_flaws_by_themselves():

@@ -17,11 +17,12 @@ import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, DataSelector
 from trl_bilevel.cli import main
 from trl_bilevel.report import build_report
-from trl_bilevel.report_rows import plain_text
+from trl_bilevel.report_rows import cell_fields, plain_text
 from trl_bilevel.run_records import curate_run
 from trl_bilevel.training_log import read_log
 from trl_bilevel.weight_history import BIN_EDGES, WeightHistory
@@ -139,7 +140,8 @@ class Page(HTMLParser):
 def _check_lists(page, curated):
     """The best and worst ten of the page are those of the curated rows, which hold all rows."""
     by_rank = sorted(curated.to_list(), key=lambda row: row["rank"])
-    for within, expected in (("best", by_rank[:10]), ("worst", by_rank[::-1][:10])):
+    worst_first = [row for row in by_rank[::-1] if row["scored"]]
+    for within, expected in (("best", by_rank[:10]), ("worst", worst_first[:10])):
         found = page.rows(within)
         assert [sample_id for sample_id, _ in found] == [str(row["sample_id"]) for row in expected]
         assert [cells[:2] for _, cells in found] == [[str(row["rank"]), f"{row['weight']:.4g}"] for row in expected]
@@ -203,6 +205,28 @@ def test_costs_of_a_resumed_run_are_those_of_all_its_parts(make_trainer, tmp_pat
         assert history.num_tokens[-1] == tokens[0][-1] > history.num_tokens[0] > tokens[0][0]
     resumed.train()  # from the start
     assert [entry["num_tokens"] for entry in resumed.state.log_history if "num_tokens" in entry] == tokens[0]
+
+
+def test_time_is_that_of_training(make_trainer, monkeypatch):
+    """A trainer that is saved hours after it trained took no hours."""
+    now = [1000.0]
+    monkeypatch.setattr("trl_bilevel.weight_history.time.monotonic", lambda: now[0])
+    trainer = make_trainer(max_steps=1)
+    trainer.add_callback(_Meanwhile(now, 5.0))
+    trainer.train()
+    now[0] += 3600.0
+    trainer.save_model()
+    assert WeightHistory.load(trainer.args.output_dir).seconds.tolist() == [5.0]
+
+
+class _Meanwhile(TrainerCallback):
+    """Time that a step takes."""
+
+    def __init__(self, now, seconds):
+        self.now, self.seconds = now, seconds
+
+    def on_step_end(self, *args, **kwargs):
+        self.now[0] += self.seconds
 
 
 @pytest.mark.parametrize("kind", ["nll", "dpo"])
@@ -362,6 +386,26 @@ def test_rows_are_text_and_nothing_else(bds_run):
     assert "(the first 600 of 1,048,576 characters)" in page
     assert all(source in text for source in SOURCES)
     assert "run <b>one" in text
+
+
+def test_answers_are_in_sight():
+    """They are at the end, and a call of a tool has no text."""
+    turns = [{"role": "user" if turn % 2 == 0 else "assistant", "content": f"turn {turn}"} for turn in range(20)]
+    texts = [field.text for field in cell_fields("messages", turns)]
+    assert texts == [*(f"turn {turn}" for turn in (0, 1, 2, 3)), "…", *(f"turn {turn}" for turn in (16, 17, 18, 19))]
+    (tokens,) = cell_fields("input_ids", list(range(100)))
+    assert tokens.text.split() == [*map(str, range(30)), "…", *map(str, range(70, 100))]
+    assert tokens.note == "the first and the last 30 of 100 entries"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    assert "add" in cell_fields("messages", [call])[0].text
+    assert [field.text for field in cell_fields("facts", [{"role": "user", "content": "Hi"}, None, "x"])] == [
+        "Hi", "", "x",
+    ]  # fmt: skip
+
+
+def test_spaces_of_all_scripts_are_no_control_characters():
+    text = "Bonjour\u202f! 3\u00a0000 \u3000\u6f22\u5b57"
+    assert plain_text(text) == (text, "")
 
 
 def test_the_page_needs_nothing_else(bds_run):

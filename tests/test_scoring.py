@@ -173,6 +173,17 @@ def test_rows_with_an_image_go_on(make_trainer, tmp_path, monkeypatch):
     assert trainer.score(rows, tmp_path / "rows", chunk_size=2)["score"][:] == first
 
 
+@pytest.mark.parametrize("select", [lambda rows: rows, lambda rows: rows.shuffle(seed=1)], ids=["as is", "shuffled"])
+def test_scoring_leaves_no_copies_in_the_cache(make_trainer, tmp_path, select):
+    prompt_completion_rows(12, offset=500).to_parquet(tmp_path / "rows.parquet")
+    rows = select(Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")))
+    trainer = make_trainer(max_steps=1)
+    before = {*(tmp_path / "cache").rglob("*.arrow")}
+    scored = trainer.score(rows, tmp_path / "scored", chunk_size=4)
+    assert {*(tmp_path / "cache").rglob("*.arrow")} == before
+    assert scored["prompt"] == rows["prompt"]
+
+
 def _png(shade):
     buffer = io.BytesIO()
     PIL.Image.new("L", (2, 2), shade).save(buffer, "PNG")

@@ -14,6 +14,7 @@ from trl_bilevel import BilevelSFTTrainer, DataSelector
 from trl_bilevel.paired_batches import ValidationStream
 from trl_bilevel.paired_stream import PairedStream
 from trl_bilevel.parquet_files import write_parquet
+from trl_bilevel.report import build_report
 from trl_bilevel.run_records import curate_run, read_facts
 from trl_bilevel.scripts import sft
 from trl_bilevel.streamed_selector import ConsumedRows
@@ -180,6 +181,8 @@ def test_records_of_a_stream_name_the_way_to_its_rows(train, tmp_path):
     trainer.save_model()
     with pytest.raises(ValueError, match=r"whose rows are not on disk\. Curate in the training script: `trainer.cur"):
         curate_run(trainer.args.output_dir)
+    with pytest.raises(ValueError, match=r"whose rows are not on disk, so there is no report of it"):
+        build_report(trainer.args.output_dir)
     assert read_facts(trainer.args.output_dir)["training"]["num_rows"] == 8
     DataSelector.from_pretrained(trainer.data_selector.save_pretrained(tmp_path / "weights").parent)
 

@@ -235,7 +235,10 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
         self._weight_history = WeightHistory()  # whose time runs from now, as do the tokens
         self._total_train_tokens = 0
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._weight_history.stop_clock()
 
     # ---- Logs ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

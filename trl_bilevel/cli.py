@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="command")
     for name, (_, help_text) in _COMMANDS.items():
         subparsers.add_parser(name, help=help_text, add_help=False)
-    options = list(sys.argv[1:] if argv is None else argv)
+    options = _with_config_apart(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(options[:1]).command
     if command is None:
         parser.print_help()
@@ -120,6 +120,23 @@ def _named(options: list[str], *names: str) -> list[str]:
         named += [f"--{name}", options[0]]
         options = options[1:]
     return named + options
+
+
+def _with_config_apart(options: Sequence[str]) -> list[str]:
+    """
+    Options with `--config=FILE` as two words, the only way in which TRL's parser knows it.
+
+    Example:
+
+    ```python
+    >>> _with_config_apart(["sft", "--config=options.yaml", "--seed=1"])
+    ['sft', '--config', 'options.yaml', '--seed=1']
+
+    ```
+    """
+    name = "--config="
+    words = (["--config", word.removeprefix(name)] if word.startswith(name) else [word] for word in options)
+    return [word for pair in words for word in pair]
 
 
 def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:

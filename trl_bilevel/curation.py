@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
+from .parquet_files import column
 from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN, apply_refined
 
 
@@ -114,3 +115,13 @@ def rank_rows(scores: np.ndarray, scored: np.ndarray) -> np.ndarray:
     rank = np.empty(len(scores), dtype=np.int64)
     rank[best_first] = np.arange(1, len(scores) + 1)
     return rank
+
+
+def rows_worst_first(curated: Dataset) -> np.ndarray:
+    """
+    Positions of a curated dataset's rows, the worst first, shape (M,). Rows without a score, which rank last and of
+    which nothing is known, are among them only if there are no others.
+    """
+    order = np.argsort(-column(curated, "rank"))
+    has_score = column(curated, "scored")[order]
+    return order[has_score] if has_score.any() else order

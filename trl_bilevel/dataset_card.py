@@ -14,11 +14,11 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from .citation import PAPER_CITATION, PAPER_ID
-from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
+from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN, rows_worst_first
+from .dataset_sources import source_ids, source_text
 from .parquet_files import column
 from .refined_rows import ORIGINAL_COLUMN
 from .report_rows import read_message
-from .run_records import source_ids, source_text
 
 
 CONFIGS = ("curated", "scores", "refined")
@@ -26,7 +26,8 @@ FIGURE_PATH = "assets/weights.png"
 START_MARK = "<!-- trl-bilevel: start -->"
 END_MARK = "<!-- trl-bilevel: end -->"
 _NUM_EXAMPLES = 5
-_LONGEST_EXAMPLE = 200  # characters
+_LONGEST_EXAMPLE = 200  # characters; of a row, in all columns, twice as many
+_SHORTEST_PART = 40  # of a column, where there are many
 _SMALLEST_WEIGHT = 1e-6
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 SENSITIVE_TAG = "not-for-all-audiences"
@@ -289,11 +290,10 @@ def _fence(code: str) -> str:
 
 
 def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    rank = column(scored, "rank")
-    dropped = np.flatnonzero(~kept)
+    worst_first = rows_worst_first(scored)
     groups = {
-        "Kept, of the highest weight": np.argsort(rank)[:_NUM_EXAMPLES],
-        "Dropped, of the lowest weight": dropped[np.argsort(-rank[dropped])][:_NUM_EXAMPLES],
+        "Kept, of the highest weight": np.argsort(column(scored, "rank"))[:_NUM_EXAMPLES],
+        "Dropped, of the lowest weight": worst_first[~kept[worst_first]][:_NUM_EXAMPLES],
         "Regenerated, and the answers they replaced": np.flatnonzero(refined)[:_NUM_EXAMPLES],
     }
     columns = _source_columns(scored)
@@ -301,11 +301,24 @@ def _examples(scored: Dataset, kept: np.ndarray, refined: np.ndarray) -> dict[st
     for title, indices in groups.items():
         examples[title] = []
         for row in scored.select(indices):
-            cell = {"weight": row["weight"], "text": escape(" / ".join(_plain(row[name]) for name in columns))}
+            cell = {"weight": row["weight"], "text": _example([row[name] for name in columns])}
             if title.startswith("Regenerated"):
                 cell["original"] = escape(_plain(row[ORIGINAL_COLUMN]))
             examples[title].append(cell)
     return examples
+
+
+def _example(values: list[Any]) -> str:
+    """Each column, and question and answer of a conversation, cut by itself: a long question hides no answer."""
+    longest = max(_SHORTEST_PART, 2 * _LONGEST_EXAMPLE // len(values))
+    parts = []
+    for value in values:
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict):
+            between = ["…"] * (len(value) > 2)
+            parts += [escape(_plain(value[:1]), longest // 2), *between, escape(_plain(value[-1:]), longest // 2)]
+        else:
+            parts.append(escape(_plain(value), longest))
+    return " / ".join(parts)
 
 
 def _plain(value: Any) -> str:

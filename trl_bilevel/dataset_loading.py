@@ -1,6 +1,7 @@
 """Datasets named on the command line: on the Hub, in a local folder, or in a file."""
 
 import difflib
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def _unreadable_explained(name: str) -> Iterator[None]:
 def _load(name: str, config: str | None, streaming: bool) -> Dataset | DatasetDict | IterableDatasetDict:
     path = Path(name)
     if path.is_file():
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+        return load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(str(path)), streaming=streaming)
     if path.suffix in _BUILDERS and not path.exists():  # no name on the Hub: not worth a connection, and its retries
         similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
         meant = f" Did you mean {path.parent / similar[0]}?" if similar else ""

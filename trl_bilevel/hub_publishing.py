@@ -14,11 +14,12 @@ from huggingface_hub import CommitInfo
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpointing import Checkpointing
 from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
+from .dataset_sources import is_hub_id, source_ids
 from .hub import add_to_collection, publish_curated_dataset
 from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
-from .run_records import is_hub_id, push_command, source_ids, upload_command
+from .run_records import push_command, upload_command
 from .selector_files import selector_table
 
 
@@ -73,10 +74,19 @@ class HubPublishing(Checkpointing):
 
         Returns:
             `huggingface_hub.CommitInfo`: the commit; `None` on other processes than the main one.
+
+        Raises:
+            `ValueError`: if no row has a score yet, or `keep_ratio` is out of range.
+            [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses.
         """
         if not self.is_world_process_zero():
             return None
         output_dir = self.args.output_dir
+        if isinstance(self.train_dataset, Dataset) and not self.data_selector.scored.any():
+            raise ValueError(
+                "No row of this trainer has a score, so there is nothing to publish. Train first. A run that is on "
+                f"disk is published by `{push_command(output_dir, repo_id, keep_ratio=keep_ratio)}`."
+            )
         retry_command = None
         if self.args.save_training_rows and isinstance(self.train_dataset, Dataset):
             retry_command = push_command(
@@ -90,7 +100,8 @@ class HubPublishing(Checkpointing):
                 language=language,
                 sensitive=sensitive,
             )
-        self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
+        if self.state.global_step > 0:  # those of a run whose selector was read from there are left as they are
+            self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
         with as_rows(self.curate()) as scored:
             commit = publish_curated_dataset(
                 scored,

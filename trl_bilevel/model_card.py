@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
 from .dataset_card import option_cell
-from .run_records import source_text
+from .dataset_sources import source_text
 
 
 _RESULTS = {

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import Dataset, IterableDataset
-from datasets.table import table_cast
+from datasets import Dataset, Features, IterableDataset
+from datasets.features.features import require_storage_embed
+from datasets.table import embed_table_storage, table_cast
 
 from .whole_files import write_whole
 
@@ -47,6 +48,7 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
         if first is None:
             raise ValueError(f"The stream has no rows, so {path} has no columns to be written with.")
         schema, tables = first.schema, itertools.chain([first], tables)
+    has_files = any(require_storage_embed(feature) for feature in Features.from_arrow_schema(schema).values())
     num_rows = 0
 
     def write(partial: Path) -> None:
@@ -54,7 +56,10 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
         options = {"use_content_defined_chunking": True, "write_page_index": True}
         with pa.parquet.ParquetWriter(partial, schema, **options) as writer:
             for table in tables:
-                writer.write_table(table_cast(table, schema))
+                table = table_cast(table, schema)
+                if has_files:  # their content goes along, and no path of this machine
+                    table = embed_table_storage(table)
+                writer.write_table(table)
                 num_rows += len(table)
 
     write_whole(path, write)

@@ -1,8 +1,8 @@
 """Refined answers in the user's own format: text, messages or tokens."""
 
-from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
@@ -161,15 +161,33 @@ def _encode(values: list[Any], feature: Any) -> pa.Array:
 
 def _replace(dataset: Dataset, name: str, values: dict[int, Any]) -> Dataset:
     """The dataset with other values in some rows of a column; its type and place stay."""
-    table = dataset.with_format("arrow").select_columns([name])[:]
-    column = table.column(name)
-    chunks: Iterable[pa.Array] = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    column = dataset.with_format("arrow").select_columns([name])[:].column(name)
     feature = dataset.features[name]
-    replacements = _encode(list(values.values()), dataset.features[name]).cast(column.type)
-    indices = list(range(len(dataset)))
-    for position, row in enumerate(values):
-        indices[row] = len(dataset) + position
-    replaced = pa.chunked_array([*chunks, replacements]).take(pa.array(indices))
+    replacements = _encode(list(values.values()), feature).cast(column.type)
+    replaced = _with_replacements(column, np.array([*values]), replacements)
     order = dataset.column_names
     dataset = dataset.add_column(_TEMPORARY, replaced, feature=feature)
     return dataset.remove_columns([name]).rename_column(_TEMPORARY, name).select_columns(order)
+
+
+def _with_replacements(column: pa.ChunkedArray, rows: np.ndarray, replacements: pa.Array) -> pa.ChunkedArray:
+    """
+    A column with other values in some rows, chunk by chunk: Arrow can hold no more than 2 GiB of text in one array.
+
+    Args:
+        column (`pyarrow.ChunkedArray`): N values.
+        rows (`numpy.ndarray`): R numbers of rows, none twice.
+        replacements (`pyarrow.Array`): R values of the same type.
+    """
+    in_order = np.argsort(rows)
+    rows, chunks, start = rows[in_order], [], 0
+    for chunk in column.chunks:
+        first, last = np.searchsorted(rows, [start, start + len(chunk)])
+        if first < last:
+            indices = np.arange(len(chunk))
+            indices[rows[first:last] - start] = len(chunk) + np.arange(last - first)
+            chunks.append(pa.concat_arrays([chunk, replacements.take(pa.array(in_order[first:last]))]).take(indices))
+        else:
+            chunks.append(chunk)
+        start += len(chunk)
+    return pa.chunked_array(chunks, type=column.type)

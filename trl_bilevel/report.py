@@ -15,14 +15,15 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import Environment, StrictUndefined
 
-from .curation import check_keep_ratio, count_kept
+from .curation import check_keep_ratio, count_kept, rows_worst_first
 from .dataset_checks import resolve_sources
+from .dataset_sources import source_ids
 from .model_card import validation_loss_unit
 from .parquet_files import column
 from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
 from .row_scores import count_proved_good, find_scores
-from .run_records import curate_run, read_facts, source_ids
+from .run_records import curate_run, read_facts
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
 from .whole_files import write_whole
@@ -74,13 +75,19 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         source_column (`str`, *optional*): column of the rows to count them by; that of the run by default.
 
     Raises:
-        `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
-        `TypeError` or `ValueError`: for options out of range, or files that are damaged or do not belong together.
+        `FileNotFoundError`: if there is no run, it has not come to its first checkpoint, or has no rows on disk.
+        `TypeError` or `ValueError`: for options out of range, a run on a stream, whose rows are not on disk, or files
+            that are damaged or do not belong together.
     """
     check_keep_ratio(keep_ratio)
     directory = find_scores(run_dir)
-    scored = curate_run(directory)
     facts = read_facts(directory)
+    if facts["training"].get("is_stream"):
+        raise ValueError(
+            f"{directory} is of a run on a stream, whose rows are not on disk, so there is no report of it. What it "
+            "logged is where `report_to` sent it. For a report load the rows without `streaming=True`."
+        )
+    scored = curate_run(directory)
     log = read_log(directory) or TrainingLog(0, 0, 0.0, [])
     history = WeightHistory.load(directory)
     source_column = source_column or facts["options"].get("source_column")
@@ -132,40 +139,29 @@ def count_by_source(scored: Dataset, num_kept: int, source_column: str | None) -
         num_kept (`int`): rows kept, those of the best rank.
         source_column (`str`, *optional*): names the sources; `None` for all rows only.
     """
-    kept = column(scored, "rank") <= num_kept
-    refined = column(scored, "response_source") == "refined"
-    unscored, weights = ~column(scored, "scored"), column(scored, "weight")
-    groups = {"all rows": np.ones(len(scored), dtype=bool)}
-    counts = [_count("all rows", groups["all rows"], kept, refined, unscored, weights)]
+    counts = _counts(scored, num_kept, ["all rows"], np.zeros(len(scored), dtype=np.int64))
     if source_column is None:
         return counts
     sources = resolve_sources(scored, source_column)
-    of_rows = sources.of_rows.numpy()
-    by_source = [
-        _count(plain_text(name, longest=80)[0], of_rows == number, kept, refined, unscored, weights)
-        for number, name in enumerate(sources.names.to_pylist())
-    ]
+    by_source = _counts(scored, num_kept, sources.names.to_pylist(), sources.of_rows.numpy())
     return counts + sorted(by_source, key=lambda source: -source.mean_weight)
 
 
-def _count(
-    name: str,
-    is_in: np.ndarray,
-    kept: np.ndarray,
-    refined: np.ndarray,
-    unscored: np.ndarray,
-    weights: np.ndarray,
-) -> SourceCounts:
-    num_rows, num_kept = int(is_in.sum()), int((is_in & kept).sum())
-    return SourceCounts(
-        name,
-        num_rows,
-        num_kept,
-        num_rows - num_kept,
-        int((is_in & refined).sum()),
-        int((is_in & unscored).sum()),
-        float(weights[is_in].mean()),
+def _counts(scored: Dataset, num_kept: int, names: list[str], of_rows: np.ndarray) -> list[SourceCounts]:
+    """Of S sources, in the order of their names; `of_rows` says which a row is of, shape (N,)."""
+    kept = column(scored, "rank") <= num_kept
+    refined = column(scored, "response_source") == "refined"
+    unscored = ~column(scored, "scored")
+    num_rows = np.bincount(of_rows, minlength=len(names))
+    num_kept_rows, num_refined, num_unscored = (
+        np.bincount(of_rows[is_in], minlength=len(names)) for is_in in (kept, refined, unscored)
     )
+    mean_weights = np.bincount(of_rows, weights=column(scored, "weight"), minlength=len(names)) / num_rows
+    columns = (num_rows, num_kept_rows, num_rows - num_kept_rows, num_refined, num_unscored, mean_weights)
+    return [
+        SourceCounts(plain_text(name, longest=80)[0], *values)
+        for name, *values in zip(names, *(values.tolist() for values in columns), strict=True)
+    ]
 
 
 def first_and_last_ranks(first_logits: np.ndarray, last_ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,6 +203,7 @@ def _rows(scored: Dataset, history: WeightHistory, num_kept: int) -> dict[str, A
     """The lists of rows; around the cut there are none if all rows are kept."""
     rank, refined = column(scored, "rank"), column(scored, "response_source") == "refined"
     best_first = np.argsort(rank)
+    worst_first = rows_worst_first(scored)
     changed: list[ReportRow] = []
     num_compared = 0
     if len(history.steps) > 1:
@@ -224,7 +221,7 @@ def _rows(scored: Dataset, history: WeightHistory, num_kept: int) -> dict[str, A
         "last_kept": last_kept,
         "first_dropped": first_dropped,
         "best": report_rows(scored, best_first[:_NUM_ROWS].tolist()),
-        "worst": report_rows(scored, best_first[::-1][:_NUM_ROWS].tolist()),
+        "worst": report_rows(scored, worst_first[:_NUM_ROWS].tolist()),
         "changed": changed,
         "num_compared": num_compared,
         "refined": report_rows(scored, best_first[refined[best_first]][:_NUM_ROWS].tolist()),

@@ -1,5 +1,6 @@
 """Rows as a page shows them: short, and without characters that a reader would not see."""
 
+import unicodedata
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -58,14 +59,16 @@ def plain_text(value: Any, longest: int = LONGEST_TEXT) -> tuple[str, str]:
     """
     text = value if isinstance(value, str) else "" if value is None else str(value)
     note = "" if len(text) <= longest else f"the first {longest:,} of {len(text):,} characters"
-    shown = [
-        character if character.isprintable() or character in "\n\t" + _JOINERS else "\ufffd"
-        for character in text[:longest].replace("\r\n", "\n")
-    ]
+    shown = [character if _is_shown(character) else "\ufffd" for character in text[:longest].replace("\r\n", "\n")]
     return "".join(shown), note
 
 
-def read_message(entry: dict[str, Any]) -> tuple[str, str] | None:
+def _is_shown(character: str) -> bool:
+    """Letters and signs, and the spaces of all scripts, which are no control characters."""
+    return character.isprintable() or character in "\n\t" + _JOINERS or unicodedata.category(character) == "Zs"
+
+
+def read_message(entry: Any) -> tuple[str, str] | None:
     """
     Role and text of a message, `None` for anything else, such as a call of a tool.
 
@@ -77,6 +80,8 @@ def read_message(entry: dict[str, Any]) -> tuple[str, str] | None:
 
     ```
     """
+    if not isinstance(entry, dict) or entry.get("tool_calls"):
+        return None
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
     return (role, content) if isinstance(role, str) and isinstance(content, str) else None
 
@@ -97,20 +102,29 @@ def cell_fields(name: str, value: Any) -> list[Field]:
     """
     label = plain_text(name, longest=60)[0]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        found = []
-        for message in value[:_MOST_ITEMS]:
-            role, content = read_message(message) or (None, message)
-            title = label if role is None else f"{label}: {plain_text(role, longest=20)[0]}"
-            found.append(Field(title, *plain_text(content)))
-        if len(value) > _MOST_ITEMS:
-            found.append(Field(label, "…", f"the first {_MOST_ITEMS} of {len(value):,} entries"))
-        return found
+        first, last, note = _both_ends(value, _MOST_ITEMS)
+        found = [_message_field(label, message) for message in first]
+        if note:
+            found.append(Field(label, "…", note))
+        return found + [_message_field(label, message) for message in last]
     if isinstance(value, list):
-        text, note = plain_text(" ".join(str(item) for item in value[:_MOST_TOKENS]))
-        if len(value) > _MOST_TOKENS:
-            note = f"the first {_MOST_TOKENS} of {len(value):,} entries"
-        return [Field(label, text, note)]
+        first, last, note = _both_ends(value, _MOST_TOKENS)
+        text, cut = plain_text(" ".join(map(str, [*first, *["…"] * bool(note), *last])))
+        return [Field(label, text, note or cut)]
     return [Field(label, *plain_text(value))]
+
+
+def _both_ends(values: list[Any], most: int) -> tuple[list[Any], list[Any], str]:
+    """A list's beginning and end, where the answer is, and a note of what was left out between them."""
+    if len(values) <= most:
+        return values, [], ""
+    half = most // 2
+    return values[:half], values[-half:], f"the first and the last {half} of {len(values):,} entries"
+
+
+def _message_field(label: str, message: Any) -> Field:
+    role, content = read_message(message) or (None, message)
+    return Field(label if role is None else f"{label}: {plain_text(role, longest=20)[0]}", *plain_text(content))
 
 
 def report_rows(

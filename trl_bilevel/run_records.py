@@ -6,7 +6,6 @@ The names start with `_`: Trainer does not push such files of an output folder.
 
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -17,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_from_disk
-from datasets.table import ConcatenationTable, MemoryMappedTable
 from trl.trainer.utils import get_config_model_id
 
 from .card_options import card_options, model_options
 from .curation import curate_dataset
+from .dataset_sources import describe_dataset, is_hub_id
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 from .row_scores import find_scores, read_scores
 from .selector_files import METADATA_KEYS
@@ -32,11 +31,6 @@ ROWS_FOLDER_NAME = "_training_rows"
 FACTS_FILE_NAME = "_run.json"
 _FINGERPRINT_FILE_NAME = "rows_fingerprint.txt"
 _PACKAGES = ("trl-bilevel", "trl", "transformers", "peft", "datasets", "torch")
-# Where `load_dataset` caches a repository's rows, the only place that says which commit they are of
-_CACHE_PATH = re.compile(
-    r".*/((?P<namespace>[^/]+)___)?(?P<name>[^/]+)/(?P<config>[^/]+)/\d+\.\d+\.\d+/(?P<revision>[0-9a-f]{40})/[^/]+"
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def save_training_rows(directory: str | os.PathLike, rows: Dataset, fingerprint: str) -> None:
@@ -141,23 +135,23 @@ def read_selector(run_dir: str | os.PathLike) -> pa.Table:
     )
 
 
-def push_command(run_dir: str | os.PathLike, repo_id: str, **options: Any) -> str:
+def push_command(run_dir: str | os.PathLike, repo_id: str, sensitive: bool = False, **options: Any) -> str:
     """
-    The command that publishes a run's curated dataset, with the same options.
+    The command that publishes a run's curated dataset, with the same options; those that are `None` are left out.
 
     Example:
 
     ```python
-    >>> push_command("out", "me/rows", keep_ratio=0.7, private=True, revision=None, sensitive=False)
-    'trl-bilevel push out me/rows --keep_ratio 0.7 --private True'
+    >>> push_command("out", "me/rows", keep_ratio=0.7, private=False, revision=None, sensitive=False)
+    'trl-bilevel push out me/rows --keep_ratio 0.7 --private False'
 
     ```
     """
     words = ["trl-bilevel", "push", str(run_dir), repo_id]
     for name, value in options.items():
-        if value is not None and value is not False:
+        if value is not None:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return shlex.join([*words, *["--sensitive"] * sensitive])
 
 
 def upload_command(
@@ -227,94 +221,3 @@ def describe_run(
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),
     }
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name may be a repository's and is no path here."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
-
-
-def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """Which of the Hub's repositories a dataset comes from, at which revisions, and how many rows it has."""
-    if isinstance(dataset, IterableDataset):  # it does not say where it comes from
-        return {
-            "sources": [],
-            "has_other_rows": True,
-            "is_stream": True,
-            "split": str(dataset.split) if dataset.split else None,
-            "license": dataset.info.license or None,
-            "num_rows": 0,  # seen so far
-        }
-    parts = dataset.data.blocks if isinstance(dataset.data, ConcatenationTable) else [[dataset.data]]
-    matches = []
-    for blocks in parts:  # next to each other: columns that were added to rows of the Hub are in memory
-        paths = [Path(block.path).as_posix() for block in blocks if isinstance(block, MemoryMappedTable)]
-        matches.append(next((match for path in paths if (match := _CACHE_PATH.fullmatch(path))), None))
-    sources = [
-        {
-            "id": "/".join(filter(None, (match["namespace"], match["name"]))),
-            "revision": match["revision"],
-            "config": match["config"],
-        }
-        for match in matches
-        if match is not None
-    ]
-    return {
-        "sources": [source for number, source in enumerate(sources) if source not in sources[:number]],
-        "has_other_rows": None in matches,  # not of the Hub
-        "is_derived": _is_derived(dataset),
-        "split": str(dataset.split) if dataset.split else None,
-        "license": dataset.info.license or None,
-        "num_rows": len(dataset),
-    }
-
-
-def _is_derived(dataset: Dataset) -> bool:
-    """Whether rows of a repository were selected, put into another order or changed."""
-    split = (dataset.info.splits or {}).get(str(dataset.split))
-    return (
-        dataset._indices is not None
-        or (split is not None and split.num_examples != len(dataset))
-        or any(Path(file["filename"]).name.startswith("cache-") for file in dataset.cache_files)
-    )
-
-
-def source_ids(description: dict[str, Any]) -> list[str]:
-    """
-    Repositories that a described dataset comes from.
-
-    Example:
-
-    ```python
-    >>> source_ids({"sources": [{"id": "me/a", "revision": "1"}, {"id": "me/a", "revision": "2"}]})
-    ['me/a']
-
-    ```
-    """
-    return [*dict.fromkeys(source["id"] for source in description["sources"])]
-
-
-def source_text(description: dict[str, Any]) -> str:
-    """
-    The same as a sentence's part, in Markdown.
-
-    Example:
-
-    ```python
-    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}], "has_other_rows": True})
-    '`me/a` (revision `3f`), and rows that are not on the Hub'
-    >>> source_text({"sources": [], "has_other_rows": True})
-    'not on the Hub'
-    >>> source_text({"sources": [{"id": "me/a", "revision": "3f"}], "has_other_rows": False, "is_derived": True})
-    'rows selected from or made of `me/a` (revision `3f`)'
-
-    ```
-    """
-    names = [f"`{source['id']}` (revision `{source['revision']}`)" for source in description["sources"]]
-    if description.get("is_stream"):
-        return "a stream, whose source is not recorded"
-    if not names:
-        return "not on the Hub"
-    derived = "rows selected from or made of " if description.get("is_derived") else ""
-    others = ", and rows that are not on the Hub" if description["has_other_rows"] else ""
-    return f"{derived}{', '.join(names)}{others}"

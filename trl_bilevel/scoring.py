@@ -20,6 +20,7 @@ from datasets import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from datasets.table import InMemoryTable
 from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
@@ -236,9 +237,9 @@ def _score_chunks(
         with tqdm(total=total, unit="row", desc="Scoring") as progress:
             for chunk in _chunks(dataset, chunk_size):
                 if not is_scored(chunk):
-                    plain = chunk.rows.with_format(None).flatten_indices()
-                    table = plain.data.table
-                    for name, values in scorer.score(chunk.rows).items():
+                    rows = _in_memory(chunk.rows)
+                    table = rows.data.table
+                    for name, values in scorer.score(rows).items():
                         table = table.append_column(name, pa.array(values))
                     yield chunk, table
                 progress.update(len(chunk.rows))
@@ -254,6 +255,15 @@ def _chunks(dataset: Dataset | IterableDataset, chunk_size: int) -> Iterator[_Ch
     else:
         for number, rows in enumerate(pieces_of_stream(dataset, chunk_size)):
             yield _Chunk(number, rows)
+
+
+def _in_memory(rows: Dataset) -> Dataset:
+    """Rows without a file of theirs: what is made of them, tokens above all, stays out of the cache on the disk."""
+    rows = rows.with_format(None)
+    if rows._indices is not None:
+        return rows.flatten_indices(keep_in_memory=True)
+    table = InMemoryTable(rows.data.table)
+    return Dataset(table, info=rows.info.copy(), split=rows.split, fingerprint=rows._fingerprint)
 
 
 def _chunk_path(folder: Path, number: int) -> Path:

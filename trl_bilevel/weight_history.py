@@ -49,12 +49,17 @@ class WeightHistory:
         self.first_logits = np.empty(0, dtype=np.float32)
         self.first_step = -1
         self._started = time.monotonic()
+        self._ended: float | None = None
         self._seconds_before = 0.0  # in processes that were interrupted
 
     @property
     def last_num_tokens(self) -> int:
         """Tokens read until the last entry."""
         return int(self.num_tokens[-1]) if len(self.num_tokens) else 0
+
+    def stop_clock(self) -> None:
+        """Training is over: what is done with the trainer from now on takes none of its time."""
+        self._ended = time.monotonic()
 
     def record(self, step: int, selector: DataSelector, num_tokens: int) -> None:
         """Add an entry, in place of those of the same step and later ones; none while the selector knows no row."""
@@ -65,7 +70,7 @@ class WeightHistory:
             logarithms = np.log10(weights)
         entry = {
             "steps": step,
-            "seconds": self._seconds_before + time.monotonic() - self._started,
+            "seconds": self._seconds_before + (self._ended or time.monotonic()) - self._started,
             "num_tokens": num_tokens,
             "effective_sample_ratios": weights.sum() ** 2 / (len(weights) * np.square(weights).sum()),
             "counts": np.histogram(logarithms.clip(BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0],

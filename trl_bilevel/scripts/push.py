@@ -34,7 +34,9 @@ class PushArguments:
     run_dir: str = field(default="", metadata={"help": "Output folder, or a checkpoint, of a run."})
     repo_id: str = field(default="", metadata={"help": "Dataset repository to push to."})
     keep_ratio: float | None = field(default=None, metadata={"help": "Share of the rows to keep, in (0, 1]."})
-    private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private.", "nargs": "?", "const": True}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
     license: str | None = field(default=None, metadata={"help": "License, where the source does not say."})
@@ -49,11 +51,13 @@ class PushArguments:
 
 def main(args: PushArguments) -> None:
     from trl_bilevel.hub import publish_curated_dataset
+    from trl_bilevel.row_scores import find_scores
     from trl_bilevel.run_records import curate_run, push_command, read_facts, read_selector
 
+    directory = find_scores(args.run_dir)  # once: a running job may save a checkpoint meanwhile
     commit = publish_curated_dataset(
-        curate_run(args.run_dir),
-        read_facts(args.run_dir),
+        curate_run(directory),
+        read_facts(directory),
         args.repo_id,
         keep_ratio=args.keep_ratio,
         private=args.private,
@@ -64,7 +68,7 @@ def main(args: PushArguments) -> None:
         sensitive=args.sensitive,
         retry_command=push_command(**vars(args)),
         ask_license=_ask_license if sys.stdin.isatty() else None,
-        selector=read_selector(args.run_dir),
+        selector=read_selector(directory),
     )
     print(f"🤗 Curated dataset pushed to the Hub as {args.repo_id}, commit {commit.oid[:8]}.")
 
