@@ -219,13 +219,14 @@ def test_stream_trains_with_it(make_adaptive_trainer, train_dataset):
         {"peft_config": None},
         {"value_function": "none"},
         {"selector_activation": "softmax"},
+        {"selector_optimizer": "adam"},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_refused_where_no_row_proves_good_by_itself(make_adaptive_trainer, options):
     if options.get("selection_method") == "bmo":
         options = {**options, "selector_learning_rate": None}
-    with pytest.raises(ValueError, match="needs a value function and sigmoid weights"):
+    with pytest.raises(ValueError, match="needs a value function, sigmoid weights and mirror descent"):
         make_adaptive_trainer(**options)
 
 

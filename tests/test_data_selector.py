@@ -8,6 +8,7 @@ import torch
 
 from trl_bilevel import DataSelector, selector_files
 from trl_bilevel.selector_files import SELECTOR_FILE_NAME
+from trl_bilevel.weight_sums import WeightSums
 
 
 MASS = {"softmax": torch.exp, "sigmoid": torch.sigmoid}
@@ -44,6 +45,24 @@ def test_normaliser_survives_extreme_logits():
     weights = selector.weights()
     expected = 20 * selector.logits.double().softmax(0)
     torch.testing.assert_close(weights, expected.float(), rtol=1e-5, atol=1e-9)
+
+
+def test_weights_that_stay_as_they_are_learn_of_no_row():
+    selector = DataSelector(4, learning_rate=0.0)
+    selector.update(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    assert not selector.scored.any()
+    assert torch.equal(selector.weights(), torch.ones(4))
+
+
+def test_large_sigmoid_logits_do_not_sum_all_rows_anew(monkeypatch):
+    """Their masses end at 1; only those of the softmax overflow."""
+    selector = DataSelector(4, activation="sigmoid", learning_rate=1.0, centered=False)
+    monkeypatch.setattr(WeightSums, "refresh", None)
+    selector.update(torch.tensor([1]), torch.tensor([-500.0]))
+    assert selector.logits[1] == 500
+    monkeypatch.undo()
+    expected = torch.sigmoid(selector.logits.double())
+    torch.testing.assert_close(selector.weights().double(), 4 * expected / expected.sum())
 
 
 def test_mirror_descent_touches_only_the_batch():

@@ -77,6 +77,33 @@ def test_every_row_knows_its_optimizer_step(batch_size, batches_per_step):
     assert [index.step for index in sampler] == [8 + row // 6 for row in range(20)]
 
 
+@pytest.mark.parametrize("num_rows", [3, 8, 41, 44, 47, 48])
+def test_last_batches_are_filled_as_accelerate_does_and_are_of_the_last_step(num_rows):
+    """Of several processes the last may get rows of the epoch's beginning only."""
+    shares = []
+    for filled_batches in (1, 4):
+        sampler = PairedSampler(
+            SequentialSampler(range(num_rows)),
+            ValidationStream(5, seed=0),
+            4,
+            2,
+            8,
+            -(-num_rows // 32),
+            filled_batches,
+        )
+        sampler.set_epoch(1)
+        batches = BatchSampler(sampler, 4, drop_last=False)
+        shards = [BatchSamplerShard(batches, num_processes=4, process_index=process) for process in range(4)]
+        shares.append([[*shard] for shard in shards])
+        assert [len(shard) for shard in shards] == [len(share) for share in shares[-1]]
+    by_accelerate, by_us = ([[[index[:2] for index in batch] for batch in share] for share in half] for half in shares)
+    assert by_us == by_accelerate
+    first_step = -(-num_rows // 32)
+    for share in shares[1]:
+        steps = [{index.step for index in batch} for batch in share]
+        assert steps == [{first_step + number // 2} for number in range(len(share))]
+
+
 def test_epoch_reaches_the_sampler_after_a_resume_on_several_processes():
     """accelerate wraps the sampler once more then and hands the epoch to the dataset instead."""
     dataset = PairedDataset(

@@ -5,15 +5,23 @@ import tracemalloc
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_bilevel import DataSelector, RefinementConfig, SelfRefiningCollator
 from trl_bilevel.refine_prompts import Question
-from trl_bilevel.refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
-from trl_bilevel.refined_rows import _with_replacements
+from trl_bilevel.refined_responses import (
+    CHECKPOINT_FILE_NAME,
+    RESPONSE_SCHEMA,
+    RefreshPlan,
+    ResponseStore,
+    read_arrived,
+)
+from trl_bilevel.refined_rows import _with_replacements, apply_refined
 from trl_bilevel.refinement import Candidates, choose_rows, refresh_metrics
 from trl_bilevel.response_checks import check_reward_funcs, find_flaws, sum_rewards
 
@@ -108,13 +116,69 @@ def test_a_refresh_that_falls_flat_leaves_the_earlier_answer(tmp_path):
     assert [response.completion_ids for response in store.responses_of(3, up_to_step=2)] == [[7]]
 
 
+def test_model_that_gives_the_original_again_goes_back_to_it(tmp_path):
+    """By then it knows more than when it wrote the answer that replaced the original."""
+    identical = {"used": False, "flaw": "identical"}
+    refreshes = [
+        [_response(3, 1, text="13"), _response(4, 1, text="13"), _response(5, 1, text="13")],
+        # Row 4: one of three; row 6 never had another answer
+        [_response(3, 2, **identical), _response(6, 2, **identical), _response(4, 2, 0, **identical)]
+        + [_response(4, 2, number, used=False, flaw="truncated") for number in (1, 2)],
+        [_response(3, 3, text="14")],
+    ]
+    store = ResponseStore(tmp_path)
+    for step, responses in enumerate(refreshes, start=1):
+        store.write_refresh(step, _table(*responses), parts=0)
+        store.read_new_files(step)
+    assert [response.completion_ids for response in store.responses_of(3, 1)] == [[5, 6]]
+    assert store.responses_of(3, 2) == []
+    assert len(store.responses_of(3, 3)) == len(store.responses_of(4, 2)) == len(store.responses_of(5, 2)) == 1
+    assert [store.rows_that_change(step) for step in (1, 2, 3)] == [[3, 4, 5], [3], [3]]
+    rows = Dataset.from_dict({"prompt": ["?"] * 7, "completion": ["12"] * 7})
+    for up_to_step, answers in ((1, ["13", "13", "13"]), (2, ["12", "13", "13"]), (3, ["14", "13", "13"])):
+        table = store.table().filter(pa.compute.less_equal(store.table().column("step"), up_to_step))
+        refined, columns = apply_refined(rows, table)
+        assert refined["completion"] == ["12", "12", "12", *answers, "12"]
+        sources = ["refined" if answer != "12" else "original" for answer in refined["completion"]]
+        assert columns["response_source"].to_pylist() == sources
+
+
+def test_answer_that_is_given_again_is_no_new_one(tmp_path):
+    """What spoke against it still does."""
+    store = ResponseStore(tmp_path)
+    for step, texts in ((1, ["a", "b"]), (2, ["b", "a"]), (3, ["b", "c"])):
+        responses = [_response(3, step, number, text=text) for number, text in enumerate(texts)]
+        store.write_refresh(step, _table(*responses), parts=0)
+    store.read_new_files(3)
+    assert [store.rows_that_change(step) for step in (1, 2, 3)] == [[3], [], [3]]
+
+
+@pytest.mark.parametrize("arrived", [0, 4, 5, 7, 8, 20])
+def test_each_refresh_arrives_once_also_after_an_interruption(tmp_path, arrived):
+    """With as many steps between refresh and batch as before, with more, or with fewer."""
+    store = ResponseStore(tmp_path)
+    for step, row in ((5, 3), (8, 4)):
+        store.write_refresh(step, _table(_response(row, step)), parts=0)
+    store.read_new_files(8)
+    rows = store.rows_that_change(arrived)
+    store.save(tmp_path)
+    resumed = ResponseStore.load(tmp_path, tmp_path)
+    expected = [step for step in (5, 8) if step <= arrived]
+    assert resumed.table(arrived_only=True).column("step").to_pylist() == expected
+    assert read_arrived(tmp_path / CHECKPOINT_FILE_NAME).equals(resumed.table(arrived_only=True))
+    assert len(resumed.table()) == 2
+    for step in (arrived, 4, 6, 30):
+        rows += resumed.rows_that_change(step)
+    assert rows == [3, 4]
+
+
 def test_many_refreshes_give_what_a_search_through_all_of_them_does(tmp_path):
     rng = np.random.default_rng(0)
     store, rows = ResponseStore(tmp_path), range(12)
     made = []
     for step in range(3, 60, 3):
         responses = [
-            _response(row, step, number, used=bool(rng.random() < 0.7), tokens=(step, row, number))
+            _response(row, step, number, bool(rng.random() < 0.7), (step, row, number), text=f"{step} {number}")
             for row in rng.permutation(rows)[:5].tolist()
             for number in range(2)
         ]
@@ -132,7 +196,7 @@ def test_many_refreshes_give_what_a_search_through_all_of_them_does(tmp_path):
             for each in (store, worker):
                 assert [response.completion_ids for response in each.responses_of(row, up_to_step)] == expected
         used = {r["row"] for r in made if r["step"] == up_to_step and r["used"]}
-        assert store.rows_refined_at(up_to_step) == sorted(used)
+        assert store.rows_that_change(up_to_step) == sorted(used)
 
 
 def test_memory_of_many_refreshes_is_a_few_bytes_a_row(tmp_path):
@@ -220,8 +284,8 @@ def test_other_settings_see_the_checkpoint_and_no_later_answers(tmp_path):
     same = ResponseStore.load(tmp_path, tmp_path, "11")
     same.read_new_files(10)
     assert [response["row"] for response in same.table().to_pylist()] == [3, 4]
-    assert same.rows_refined_at(8) == [4]
-    assert same.rows_refined_at(6) == []
+    assert same.rows_that_change(6) == [3]
+    assert same.rows_that_change(8) == [4]
 
 
 def test_nothing_half_written_is_ever_read(tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             scored=self.data_selector.scored.numpy(),
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
-            responses=None if self.refiner is None else self.response_store.table(),
+            responses=None if self.refiner is None else self.response_store.table(arrived_only=True),
         )
 
     def score(

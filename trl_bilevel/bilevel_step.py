@@ -112,8 +112,8 @@ class BilevelStep(RowGathering):
             if self._is_refresh_due():
                 self._refine_answers(self.refiner)
             # The new answers are in the batches from here on
-            refined = self.response_store.rows_refined_at(self.state.global_step - self._refresh_delay)
-            self.data_selector.restart(torch.tensor(refined, dtype=torch.int64))
+            changed = self.response_store.rows_that_change(self.state.global_step - self._refresh_delay)
+            self.data_selector.restart(torch.tensor(changed, dtype=torch.int64))
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._start_step(batches)

@@ -190,9 +190,9 @@ class DataSelector:
             losses (`torch.Tensor`): mean negative log-likelihood per completion token, shape (B,), in nats.
         """
         row_indices, losses = once_and_finite(row_indices, losses)
-        if row_indices.numel() == 0:
-            return
         units = self._units_of(row_indices)
+        if row_indices.numel() == 0 or self.learning_rate == 0:  # weights that stay as they are learn of no row
+            return
         self._scored[units], self._restarted[units] = True, False
         if self._adam is None:
             before = self._unit_logits[units]

@@ -126,6 +126,8 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_batch_size (`int`): V, rows.
         batches_per_step (`int`): micro-batches of all processes in an optimizer step.
         steps_per_epoch (`int`): optimizer steps in an epoch.
+        filled_batches (`int`): above 1, the batches that processes take at a time. The last ones of an epoch are then
+            filled with its first rows, which accelerate would do as well, but not with the step that they are of.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_batch_size: int,
         batches_per_step: int = 1,
         steps_per_epoch: int = 0,
+        filled_batches: int = 1,
     ):
         self.training_sampler = training_sampler
         self.validation_stream = validation_stream
@@ -143,6 +146,7 @@ class PairedSampler(Sampler[PairedIndex]):
         self.validation_batch_size = validation_batch_size
         self.batches_per_step = batches_per_step
         self.steps_per_epoch = steps_per_epoch
+        self.filled_batches = filled_batches
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,17 +164,31 @@ class PairedSampler(Sampler[PairedIndex]):
     def generator(self, generator: torch.Generator) -> None:
         self.training_sampler.generator = generator  # type: ignore[attr-defined]
 
-    def __len__(self) -> int:
+    @property
+    def num_rows(self) -> int:
+        """N, training rows or packed sequences of them."""
         return len(self.training_sampler)  # type: ignore[arg-type]
 
+    def __len__(self) -> int:
+        """N, and what fills the last batches."""
+        rows_per_round = self.training_batch_size * self.filled_batches if self.filled_batches > 1 else 1
+        return -(-self.num_rows // rows_per_round) * rows_per_round
+
     def __iter__(self) -> Iterator[PairedIndex]:
-        epoch_start = self.epoch * self._validation_rows_for(len(self))
+        epoch_start = self.epoch * self._validation_rows_for(self.num_rows)
         stop = epoch_start
-        rows_per_step = self.training_batch_size * self.batches_per_step
+        first: list[PairedIndex] = []
         for position, training_row in enumerate(self.training_sampler):
             start, stop = stop, epoch_start + self._validation_rows_for(position + 1)
-            step = self.epoch * self.steps_per_epoch + position // rows_per_step
-            yield PairedIndex(training_row, self.validation_stream.rows(start, stop), step)
+            index = PairedIndex(training_row, self.validation_stream.rows(start, stop), self._step_at(position))
+            if position < self.training_batch_size * self.filled_batches:
+                first.append(index)
+            yield index
+        for position in range(self.num_rows, len(self)):
+            yield first[(position - self.num_rows) % len(first)]._replace(step=self._step_at(position))
+
+    def _step_at(self, position: int) -> int:
+        return self.epoch * self.steps_per_epoch + position // (self.training_batch_size * self.batches_per_step)
 
     def _validation_rows_for(self, num_training_rows: int) -> int:
         return num_validation_rows(num_training_rows, self.training_batch_size, self.validation_batch_size)
@@ -280,7 +298,6 @@ class PairedCollator:
         row_of_sequence = list(range(num_training))
         log_probs: list[list[float]] = [[]] * num_training
         if self.self_refining is not None and steps:
-            # accelerate fills the last batch of an epoch with rows of its first, whose step is long past
             refined = self.self_refining.refine(
                 rows[:num_training], sample_indices, up_to_step=max(steps) - self.refresh_delay
             )

@@ -44,6 +44,7 @@ RESPONSE_SCHEMA = pa.schema(
 )
 _CURE = "If you delete it, what it held is generated anew."
 _REFRESH_FILE = re.compile(r"refresh-(\d+)\.arrow")
+_ARRIVED_UP_TO = "arrived_up_to"  # in the metadata of the file
 
 
 class RefinedResponse(NamedTuple):
@@ -68,9 +69,9 @@ class _Refresh(NamedTuple):
     step: int
     table: pa.Table
     rows: np.ndarray
-    """Rows that use a response of this refresh, int64, ascending; a row occurs once for each response."""
+    """Rows whose answer this refresh decides on, int64, ascending; a row occurs once for each response it uses."""
     lines: np.ndarray
-    """The line of the table that each of them uses, int64."""
+    """The line of the table that each of them uses, int64; -1 for a row that goes back to its original answer."""
     previous: np.ndarray
     """The refresh before this one that answered the same row, by its place in the list, -1 for none, int32."""
 
@@ -94,6 +95,7 @@ class ResponseStore:
         self._rows = np.empty(0, dtype=np.int64)  # (R,)
         self._newest = np.empty(0, dtype=np.int32)  # (R,)
         self._read_up_to = -1  # a refresh no later than this is here, or will never be
+        self._arrived_up_to = -1  # the answers of a refresh no later than this are in the batches
 
     def __getstate__(self) -> dict[str, Any]:
         # To a data loading worker, which maps the files itself
@@ -118,6 +120,8 @@ class ResponseStore:
         # Arrays, not dictionaries: these are as many numbers as all refreshes together had rows
         lines = np.flatnonzero(table.column("used").to_numpy())
         rows = table.column("row").to_numpy()[lines]
+        back = np.intersect1d(_confirmed_rows(table), self._rows)
+        rows, lines = np.concatenate([rows, back]), np.concatenate([lines, np.full(len(back), -1)])
         by_row = np.argsort(rows, kind="stable")
         rows, lines = rows[by_row], lines[by_row]
         all_rows = np.union1d(self._rows, rows)
@@ -135,7 +139,10 @@ class ResponseStore:
         return self._refreshes[-1].step if self._refreshes else -1
 
     def responses_of(self, row: int, up_to_step: int) -> list[RefinedResponse]:
-        """The responses to use for a row: the newest that were generated no later than a step. Empty: the original."""
+        """
+        The responses to use for a row: those of its newest refresh no later than a step. Empty: the original, which a
+        refresh may also have come back to.
+        """
         place = int(np.searchsorted(self._rows, row))
         number = int(self._newest[place]) if place < len(self._rows) and self._rows[place] == row else -1
         while number >= 0:
@@ -146,18 +153,40 @@ class ResponseStore:
                 return [
                     RefinedResponse(*(column[line].as_py() for column in columns))
                     for line in refresh.lines[start:stop].tolist()
+                    if line >= 0
                 ]
             number = int(refresh.previous[start])
         return []
 
-    def rows_refined_at(self, step: int) -> list[int]:
-        """Rows that got a new answer in the refresh at a step, ascending; none if there was no refresh."""
-        return [row for refresh in self._refreshes if refresh.step == step for row in np.unique(refresh.rows).tolist()]
+    def rows_that_change(self, up_to_step: int) -> list[int]:
+        """
+        Rows whose answer becomes another one now that refreshes up to a step are in the batches, ascending.
 
-    def table(self) -> pa.Table:
-        """All responses, of the columns of `RESPONSE_SCHEMA`, oldest first."""
+        Each refresh counts once, also in a run that was interrupted. A row that is given the same answer again is not
+        among them.
+        """
+        arriving = [refresh for refresh in self._refreshes if self._arrived_up_to < refresh.step <= up_to_step]
+        self._arrived_up_to = max(self._arrived_up_to, up_to_step)
+        return sorted({row for refresh in arriving for row in self._changed_rows(refresh)})
+
+    def _changed_rows(self, refresh: _Refresh) -> list[int]:
+        starts = np.flatnonzero(np.diff(refresh.rows, prepend=np.iinfo(np.int64).min))  # of each row's lines
+        return [
+            row
+            for row, number in zip(refresh.rows[starts].tolist(), refresh.previous[starts].tolist(), strict=True)
+            if number < 0 or _texts(refresh, row) != _texts(self._refreshes[number], row)
+        ]
+
+    def table(self, arrived_only: bool = False) -> pa.Table:
+        """
+        All responses, of the columns of `RESPONSE_SCHEMA`, oldest first.
+
+        Args:
+            arrived_only (`bool`): without those of refreshes of which no batch has had an answer yet.
+        """
+        refreshes = [refresh for refresh in self._refreshes if not arrived_only or refresh.step <= self._arrived_up_to]
         return pa.concat_tables(
-            [RESPONSE_SCHEMA.empty_table(), *(refresh.table.cast(RESPONSE_SCHEMA) for refresh in self._refreshes)]
+            [RESPONSE_SCHEMA.empty_table(), *(refresh.table.cast(RESPONSE_SCHEMA) for refresh in refreshes)]
         )
 
     # ---- A refresh, as it goes on ----
@@ -217,7 +246,8 @@ class ResponseStore:
     # ---- Checkpoints ----
     def save(self, directory: str | os.PathLike) -> None:
         """Write all responses to `_refined_responses.pq` in an existing directory."""
-        table = self.table().replace_schema_metadata({"run": self.run})
+        metadata = {"run": self.run, _ARRIVED_UP_TO: str(self._arrived_up_to)}
+        table = self.table().replace_schema_metadata(metadata)
         write_whole(Path(directory) / CHECKPOINT_FILE_NAME, lambda path: pyarrow.parquet.write_table(table, path))
 
     @classmethod
@@ -244,6 +274,7 @@ class ResponseStore:
         with damage_explained(path, "Resume from another one."):
             table = pyarrow.parquet.read_table(path)
             run = table.schema.metadata[b"run"].decode()
+            arrived_up_to = int(table.schema.metadata[_ARRIVED_UP_TO.encode()])
             table = table.cast(RESPONSE_SCHEMA)
             if not re.fullmatch(r"[0-9a-f]+", run):
                 raise ValueError(f"it names the run {run!r}")
@@ -253,7 +284,49 @@ class ResponseStore:
             if not _holds(store._refresh_path(step), refresh):
                 store.write_refresh(step, refresh, parts=0)
             store.read_new_files(step)
+        store._arrived_up_to = arrived_up_to
         return store
+
+
+def read_arrived(path: str | os.PathLike) -> pa.Table:
+    """The responses that [`ResponseStore.save`] wrote, of the refreshes that were in the batches by then."""
+    table = pyarrow.parquet.read_table(path)
+    arrived_up_to = int(table.schema.metadata[_ARRIVED_UP_TO.encode()])
+    return table.filter(pa.compute.less_equal(table.column("step"), arrived_up_to))
+
+
+def returns_to_original(used: list[bool], flaws: list[str | None]) -> bool:
+    """
+    Whether a refresh speaks for the original answer: at least half of a row's responses are that again, and none is
+    used.
+
+    Example:
+
+    ```python
+    >>> returns_to_original([False, False], ["identical", "truncated"])
+    True
+    >>> returns_to_original([False, True], ["identical", None])
+    False
+
+    ```
+    """
+    return not any(used) and 2 * flaws.count("identical") >= len(flaws)
+
+
+def _confirmed_rows(table: pa.Table) -> np.ndarray:
+    """Rows of a refresh that [`returns_to_original`] holds for, ascending, int64."""
+    rows, of_response = np.unique(table.column("row").to_numpy(), return_inverse=True)
+    is_identical = pa.compute.equal(table.column("flaw"), "identical").fill_null(False).to_numpy()
+    num_used = np.bincount(of_response, weights=table.column("used").to_numpy(), minlength=len(rows))
+    num_identical = np.bincount(of_response, weights=is_identical, minlength=len(rows))
+    return rows[(num_used == 0) & (2 * num_identical >= np.bincount(of_response, minlength=len(rows)))]
+
+
+def _texts(refresh: _Refresh, row: int) -> list[str]:
+    """The answers that a refresh gives to a row, in alphabetical order; none if that is the original one."""
+    start, stop = (int(np.searchsorted(refresh.rows, row, side)) for side in ("left", "right"))
+    column = refresh.table.column("text")
+    return sorted(column[line].as_py() for line in refresh.lines[start:stop].tolist() if line >= 0)
 
 
 def _read_table(path: Path, memory_map: bool = False) -> pa.Table:

@@ -1,5 +1,6 @@
 """Refined answers in the user's own format: text, messages or tokens."""
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 
 from .refine_prompts import start_of_last_answer
-from .refined_responses import RESPONSE_SCHEMA
+from .refined_responses import RESPONSE_SCHEMA, returns_to_original
 from .refinement import mean_log_prob
 from .response_checks import answer_to_keep
 
@@ -112,8 +113,7 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
     changed: dict[str, dict[int, Any]] = {}  # column -> row -> value
     originals: dict[int, Any] = {}
     for row, of_row in by_row.items():
-        used = [response for response in of_row if response["used"]]
-        newest = [response for response in used if response["step"] == used[-1]["step"]]
+        newest = _in_use(of_row)
         if not newest:
             continue
         answer = newest[
@@ -143,6 +143,17 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
         ORIGINAL_COLUMN: _encode([originals.get(row) for row in range(num_rows)], _answer_feature(dataset)),
         RESPONSES_COLUMN: pa.array(records, type=record_type),
     }
+
+
+def _in_use(responses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a row's responses, oldest first, those that training has in the end; none if that is the original answer."""
+    in_use: list[dict[str, Any]] = []
+    for _, of_step in groupby(responses, key=lambda response: response["step"]):
+        group = [*of_step]
+        used = [response for response in group if response["used"]]
+        if used or returns_to_original([False] * len(group), [response["flaw"] for response in group]):
+            in_use = used
+    return in_use
 
 
 def _answer_feature(dataset: Dataset) -> Any:

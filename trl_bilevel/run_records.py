@@ -22,6 +22,7 @@ from .card_options import card_options, model_options
 from .curation import curate_dataset
 from .dataset_sources import describe_dataset, is_hub_id
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
+from .refined_responses import read_arrived
 from .row_scores import find_scores, read_scores
 from .selector_files import METADATA_KEYS
 from .whole_files import damage_explained, write_whole
@@ -107,7 +108,7 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         )
     responses = directory / RESPONSES_FILE_NAME
     with damage_explained(responses, "Give another checkpoint."):
-        refined = pyarrow.parquet.read_table(responses) if responses.is_file() else None
+        refined = read_arrived(responses) if responses.is_file() else None
     return curate_dataset(
         rows,
         scores.column("sample_id"),

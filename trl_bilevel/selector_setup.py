@@ -36,21 +36,21 @@ def build_selector(
     # A given selector's logits mean something in its own activation only
     default_activation: SelectorActivation = "sigmoid" if has_value_function else "softmax"
     activation = args.selector_activation or (default_activation if given is None else given.activation)
-    # Excess losses in sigmoid weights: each row is judged on its own
-    on_its_own = has_value_function and activation == "sigmoid"
+    # Excess losses in sigmoid weights: each row is judged on its own; dense Adam compares the rows of a batch
+    on_its_own = has_value_function and activation == "sigmoid" and args.selector_optimizer == "mirror_descent"
     is_prior_default = args.selector_prior == BilevelSFTConfig.__dataclass_fields__["selector_prior"].default
     if not on_its_own and not is_prior_default:
         raise ValueError(
-            f"`selector_prior={args.selector_prior}` has no effect with softmax weights or without a value "
-            "function. Leave it out."
+            f"`selector_prior={args.selector_prior}` has no effect with softmax weights, dense Adam or without a "
+            "value function. Leave it out."
         )
     if args.adaptive_validation_weight and not on_its_own:
         raise ValueError(
-            "`adaptive_validation_weight=True` needs a value function and sigmoid weights, in which a row proves good "
-            "by itself. Use BDS with a PEFT adapter and the defaults of both, or leave it out."
+            "`adaptive_validation_weight=True` needs a value function, sigmoid weights and mirror descent, in which a "
+            "row proves good by itself. Use BDS with a PEFT adapter and the defaults of all three, or leave it out."
         )
     learning_rate = args.selector_learning_rate
-    if learning_rate is None and on_its_own and args.selector_optimizer == "mirror_descent":
+    if learning_rate is None and on_its_own:
         learning_rate = _EXCESS_LOSS_LEARNING_RATE
     prior = args.selector_prior if on_its_own else 0.5
     if given is not None and given.activation == "sigmoid" and is_prior_default:

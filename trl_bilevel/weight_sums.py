@@ -73,7 +73,7 @@ class WeightSums:
         before = self._sums(unit_logits, units, with_moments)
         proved_before = 0.0 if self._proved is None else self._proved_sum(unit_logits, units)
         unit_logits[units] = logits
-        if logits.max().item() - self.shift > _LARGEST_EXPONENT:
+        if self._is_too_large(logits):
             self.refresh(unit_logits)
             return
         self._add(self._sums(unit_logits, units, with_moments), before)
@@ -89,13 +89,17 @@ class WeightSums:
     def grow(self, unit_logits: torch.Tensor, num_known: int) -> None:
         """Take in the units from the position `num_known` on, which are new."""
         new = slice(num_known, len(unit_logits))
-        if unit_logits[new].max().item() - self.shift > _LARGEST_EXPONENT:
+        if self._is_too_large(unit_logits[new]):
             self.refresh(unit_logits)
             return
         self._add(self._sums(unit_logits, new, self._moments is not None))
         if self._proved is not None:
             self._proved += self._proved_sum(unit_logits, new)
         self._largest_total = max(self._largest_total, self.total)
+
+    def _is_too_large(self, logits: torch.Tensor) -> bool:
+        """Whether a mass of these would overflow; sigmoid masses, which are at most 1, never do."""
+        return self.activation == "softmax" and logits.max().item() - self.shift > _LARGEST_EXPONENT
 
     def statistics(self, unit_logits: torch.Tensor, num_rows: int) -> SelectorStatistics:
         """Of the weights, which have mean 1; all but the extremes from running sums. NaN without rows."""
