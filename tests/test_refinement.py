@@ -338,6 +338,11 @@ def test_collator_puts_every_response_in_place_of_the_original(tmp_path):
         [-100, -100, -100, 8, -100, -100],
         [-100, -100, -100, 9, -100, -100],
     ]
+    row = {**ROWS[1], "attention_mask": [1] * 4, "completion_mask": [0, 0, 0, 1], "source": "web"}
+    masked = collator.refine([row], [1], up_to_step=0).sequences[0]
+    assert masked["attention_mask"] == [1] * 6
+    assert masked["completion_mask"] == [0, 0, 0, 1, 1, 1]
+    assert masked.keys() == {"input_ids", "labels", "attention_mask", "completion_mask", "source"}
     refined = collator.refine(ROWS[:3], [0, 1, 2], up_to_step=0)
     assert refined.row_of_sequence == [0, 1, 1, 2]
     assert refined.log_probs == [[], [-0.5] * 3, [-0.5], []]

@@ -1,6 +1,7 @@
 """What the model is asked, what it answers, and that training is left as it was."""
 
 import copy
+from importlib import resources
 
 import pytest
 import torch
@@ -188,6 +189,63 @@ def test_responses_stay_within_the_positions_of_the_model(build_model, tokenizer
     assert len(prompts[0]) == 250
     generator = TransformersGenerator(build_model(family), tokenizer, [tokenizer.pad_token_id], _config())
     assert [len(response) for response in generator.generate(prompts, seed=0)] == [6, 6]
+
+
+def _gpt_oss(tokenizer):
+    """A tokenizer with the control tokens of gpt-oss, and its template as TRL has it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    names = ("start", "end", "message", "channel", "return", "constrain", "call")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    template = resources.files("trl").joinpath("chat_templates/gptoss.jinja").read_text(encoding="utf-8")
+    return tokenizer, template
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<|channel|>final<|message|>13<|return|>",
+        "<|channel|>analysis<|message|>12 + 1<|end|><|start|>assistant<|channel|>final<|message|>13<|return|>",
+        "13<|return|>",
+    ],
+    ids=["answer", "thoughts and answer", "bare"],
+)
+def test_what_the_template_puts_before_an_answer_is_no_part_of_it(tokenizer, response):
+    tokenizer, template = _gpt_oss(tokenizer)
+    messages = [{"role": "user", "content": "12 + 1"}, {"role": "assistant", "content": "13"}]
+    reader = QuestionReader(Dataset.from_list([{"messages": messages}]), tokenizer, template, None)
+    question = reader.read(0)
+    tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
+    assert reader.text_of(question, tokens, [tokens[-1]]) == question.original == "13"
+
+
+def test_text_keeps_all_but_the_token_that_ends_it(tokenizer):
+    """Of a base model trained on conversations in text, each turn of which has a mark at its end."""
+    reader = _reader([{"prompt": "<|im_start|>user\n12 + 1", "completion": " 13<|im_end|>"}], tokenizer)
+    question = reader.read(0)
+    tokens = tokenizer(question.original)["input_ids"]
+    for completion in (tokens, [*tokens, tokenizer.eos_token_id]):
+        assert reader.text_of(question, completion, [tokenizer.eos_token_id]) == question.original
+
+
+def test_messages_without_a_content(tokenizer):
+    """A call of a tool in rows from JSON, as OpenAI's format has it."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "1 + 1? <|im_end|>"}, call, {"role": "tool", "content": "2"}]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content or m.tool_calls }}<|im_end|>{% endfor %}"
+    for last, found in (({"role": "assistant", "content": "2"}, True), (call, False), ({"role": "assistant"}, False)):
+        reader = QuestionReader([{"messages": [*turns, last]}], tokenizer, template, None)
+        assert (reader.read(0) is not None) == found
+
+
+def test_special_tokens_that_the_template_does_not_know_are_meant(tokenizer):
+    """As in training, which tokenizes them so."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|context|>"]})
+    messages = [{"role": "user", "content": "<|context|> 12 + 1"}, {"role": "assistant", "content": "13"}]
+    question = _reader([{"messages": messages}], tokenizer).read(0)
+    assert question.prompt_ids.count(tokenizer.convert_tokens_to_ids("<|context|>")) == 1
+    expected = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert question.prompt_ids == expected
 
 
 def test_thoughts_do_not_count_as_the_answer():

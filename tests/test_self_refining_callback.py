@@ -1,6 +1,7 @@
 """Self-refining generation in a plain SFTTrainer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,22 @@ def test_messages_need_a_masked_prompt(make_sft):
     assert prompts == {f"<|im_start|>user\nquestion {row}<|im_end|>\n<|im_start|>assistant\n" for row in range(8)}
     with pytest.raises(ValueError, match="assistant_only_loss"):
         make_sft(rows=rows).train()
+
+
+def test_sequences_of_several_rows_are_refused(make_sft):
+    with pytest.raises(ValueError, match="needs a sequence per row. Set `packing=False`"):
+        make_sft(packing=True, packing_strategy="wrapped", max_length=64).train()
+
+
+def test_tokenizer_is_that_of_a_processor(make_sft):
+    trainer = make_sft(max_steps=1)
+    tokenizer = trainer.processing_class
+    callback = next(found for found in trainer.callback_handler.callbacks if isinstance(found, SelfRefiningCallback))
+    callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=trainer.model,
+        processing_class=SimpleNamespace(tokenizer=tokenizer), train_dataloader=trainer.get_train_dataloader(),
+    )  # fmt: skip
+    assert tokenizer.eos_token_id in callback._refiner.stop_ids
 
 
 def test_streams_are_refused(make_sft):

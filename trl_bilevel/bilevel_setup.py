@@ -167,11 +167,11 @@ class BilevelSetup(SFTTrainer):
                 "that is spread over others. Use plain data parallelism, or `refine_ratio=0`."
             )
         rows = self._source_dataset.with_format(None)
-        reader = QuestionReader(rows, self._tokenizer, self.chat_template, args.refine_prompt_template)
+        # TRL gives a template of the user's to the processor of a model that has one, and not to its tokenizer
+        template = self.chat_template or getattr(self.processing_class, "chat_template", None)
+        reader = QuestionReader(rows, self._tokenizer, template, args.refine_prompt_template)
         check_refinable(reader, self._formatting_func is not None, reward_funcs)
-        stop_ids = stop_token_ids(
-            self._tokenizer, self.model.generation_config.eos_token_id, self.chat_template, rows[0]
-        )
+        stop_ids = stop_token_ids(self._tokenizer, self.model.generation_config.eos_token_id, template, rows[0])
         if args.refine_reward_threshold != 0 and not reward_funcs:
             raise ValueError(
                 f"`refine_reward_threshold={args.refine_reward_threshold}` has no effect without `reward_funcs`. Pass "
@@ -200,7 +200,6 @@ class BilevelSetup(SFTTrainer):
             reader,
             generator,
             self._generation_log_probs,
-            self._tokenizer,
             stop_ids,
             reward_funcs,
             args.max_length,

@@ -1,6 +1,7 @@
 """What the model is asked when a row's answer is regenerated: the tokens before the last assistant turn."""
 
 import json
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -136,7 +137,7 @@ class QuestionReader:
     def _conversation(self, row: int, columns: dict[str, Any], messages: list[dict[str, Any]]) -> Question | None:
         if len(messages) < 2 or messages[-1]["role"] not in _ANSWERING_ROLES or messages[-1].get("tool_calls"):
             return None
-        if not isinstance(messages[-1]["content"], str):
+        if not isinstance(messages[-1].get("content"), str):
             return None
         *prompt, answer = messages
         tools = columns.get("tools")
@@ -149,7 +150,7 @@ class QuestionReader:
         prompt_ids = self._tokens(prompt, **options)
         generation_ids = prompt_ids
         if self.template is not None:
-            asked = self.template.render(prompt=prompt[-1]["content"], completion=answer["content"])
+            asked = self.template.render(prompt=prompt[-1].get("content"), completion=answer["content"])
             generation_ids = self._tokens([*prompt[:-1], {**prompt[-1], "content": asked}], **options)
         return Question(row, prompt_ids, generation_ids, prompt, answer["content"], columns)
 
@@ -172,9 +173,47 @@ class QuestionReader:
             columns,
         )
 
+    def text_of(self, question: Question, completion_ids: list[int], stop_ids: list[int]) -> str:
+        """
+        A response as the rows write an answer: of a row in text with all that it has but the token that ends it, of a
+        conversation without what the chat template puts around it, and without the thoughts that the original lacks.
+
+        Args:
+            question ([`Question`]): what was asked.
+            completion_ids (`list[int]`): the response.
+            stop_ids (`list[int]`): tokens that end a response.
+        """
+        if isinstance(question.prompt, str) and "input_ids" not in question.columns:
+            tokens = completion_ids[:-1] if completion_ids and completion_ids[-1] in stop_ids else completion_ids
+            text = decode_response(self.tokenizer, question.prompt_ids, tokens, skip_special_tokens=False)
+        else:
+            tokens = after_last(completion_ids, self._answer_header)
+            text = decode_response(self.tokenizer, question.prompt_ids, tokens)
+        return visible_answer(text, question.original)
+
+    @cached_property
+    def _answer_header(self) -> list[int]:
+        """Control tokens, and what is between them, that the chat template puts between prompt and answer."""
+        template = self.chat_template or self.tokenizer.chat_template
+        if template is None:
+            return []
+        marker = "an answer"
+        messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
+        prompt, whole = (
+            self.tokenizer.apply_chat_template(
+                part, tokenize=False, chat_template=template, add_generation_prompt=part is not messages
+            )
+            for part in (messages[:1], messages)
+        )
+        if not whole.startswith(prompt):
+            return []
+        header = self.tokenizer(whole[len(prompt) :].partition(marker)[0], add_special_tokens=False)["input_ids"]
+        special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return header if special & set(header) else []
+
     def _tokens(self, prompt: Any, **options: Any) -> list[int]:
         # A prompt in text may be a conversation that the user has rendered: its special tokens are meant
-        if isinstance(prompt, list) and has_control_tokens(self.tokenizer, prompt):
+        if isinstance(prompt, list) and has_control_tokens(self.tokenizer, prompt, options.get("chat_template")):
             return tokenize_as_text(self.tokenizer, prompt, **options)
         return list(_tokenize(self.tokenizer, prompt, **options)["input_ids"])
 
@@ -199,13 +238,38 @@ def start_of_last_answer(is_answer: list[bool]) -> int:
     return position
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], completion_ids: list[int]) -> str:
+def after_last(tokens: list[int], header: list[int]) -> list[int]:
     """
-    Text of a response, without special tokens.
+    The tokens after the last occurrence of others; all of them if there is none.
+
+    Example:
+
+    ```python
+    >>> after_last([7, 1, 2, 8, 9, 1, 2, 5], header=[1, 2])
+    [5]
+    >>> after_last([7, 8], header=[1, 2])
+    [7, 8]
+
+    ```
+    """
+    for start in range(len(tokens) - len(header), -1, -1) if header else ():
+        if tokens[start : start + len(header)] == header:
+            return tokens[start + len(header) :]
+    return tokens
+
+
+def decode_response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    skip_special_tokens: bool = True,
+) -> str:
+    """
+    Text of a response, by default without special tokens.
 
     It is cut from the text of prompt and response together: some tokenizers drop the space before a text's first word.
     """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     prompt = tokenizer.decode(prompt_ids, **options)
     whole = tokenizer.decode([*prompt_ids, *completion_ids], **options)
     return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(completion_ids, **options)

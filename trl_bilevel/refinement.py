@@ -20,10 +20,10 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from .random_state import batch_seed
-from .refine_prompts import Question, QuestionReader, decode_response, visible_answer
+from .refine_prompts import Question, QuestionReader
 from .refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
 from .refinement_config import RefinementConfig
 from .refinement_settings import refinement_settings
@@ -120,7 +120,6 @@ class Refiner:
         generator ([`~trl_bilevel.response_generation.ResponseGenerator`]): answers them.
         log_probs_of (`Callable`): log-probabilities of the labelled tokens of some `{"input_ids", "labels"}` under the
             model as it trains, one list per example, in nats.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
         stop_ids (`list[int]`): tokens that end a response.
         reward_funcs (`list[Callable]`): decide on responses, see [`~trl_bilevel.response_checks.sum_rewards`].
         max_length (`int`, *optional*): of a training sequence, in tokens.
@@ -136,7 +135,6 @@ class Refiner:
         reader: QuestionReader,
         generator: ResponseGenerator,
         log_probs_of: Callable[[list[dict[str, list[int]]]], list[list[float]]],
-        tokenizer: PreTrainedTokenizerBase,
         stop_ids: list[int],
         reward_funcs: list[RewardFunc],
         max_length: int | None,
@@ -149,7 +147,6 @@ class Refiner:
         self.reader = reader
         self.generator = generator
         self.log_probs_of = log_probs_of
-        self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.reward_funcs = reward_funcs
         self.max_length = max_length
@@ -301,7 +298,7 @@ class Refiner:
         asked = [question for question in questions for _ in range(group_size)]  # one per response
         completions = [tokens[: self._room(question)] for question, tokens in zip(asked, generated, strict=True)]
         texts = [
-            visible_answer(decode_response(self.tokenizer, question.prompt_ids, tokens), question.original)
+            self.reader.text_of(question, tokens, self.stop_ids)
             for question, tokens in zip(asked, completions, strict=True)
         ]
         log_probs = self.log_probs_of(

@@ -110,7 +110,13 @@ class SelfRefiningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, tokenizer = kwargs["model"], kwargs["processing_class"]
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         dataset = kwargs["train_dataloader"].dataset
+        if getattr(args, "packing", False):
+            raise ValueError(
+                "Self-refining generation in a plain trainer needs a sequence per row. Set `packing=False`, or use "
+                "BilevelSFTTrainer, which packs rows that it knows apart."
+            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"Self-refining generation needs a `datasets.Dataset`, got `{type(dataset).__name__}`: questions are "
@@ -144,7 +150,6 @@ class SelfRefiningCallback(TrainerCallback):
             reader,
             TransformersGenerator(model, tokenizer, stop_ids, self.config),
             log_probs_of,
-            tokenizer,
             stop_ids,
             self.reward_funcs,
             args.max_length if isinstance(args, SFTConfig) else None,

@@ -97,16 +97,22 @@ class SelfRefiningCollator:
         for position, (row, key) in enumerate(zip(rows, keys, strict=True)):
             responses = self.store.responses_of(key, up_to_step)
             for response in responses:
-                refined.sequences.append(
-                    {
-                        **row,
-                        "input_ids": response.prompt_ids + response.completion_ids,
-                        "labels": [-100] * len(response.prompt_ids) + response.completion_ids,
-                    }
-                )
+                refined.sequences.append(_with_tokens(row, response.prompt_ids, response.completion_ids))
                 refined.log_probs.append(response.log_probs)
             if not responses:
                 refined.sequences.append(row)
                 refined.log_probs.append([])
             refined.row_of_sequence.extend([position] * max(1, len(responses)))
         return refined
+
+
+def _with_tokens(row: Row, prompt_ids: list[int], completion_ids: list[int]) -> Row:
+    """A prepared row with another answer, and the masks that go with its tokens."""
+    is_answer = [0] * len(prompt_ids) + [1] * len(completion_ids)
+    masks = {"attention_mask": [1] * len(is_answer), "completion_mask": is_answer, "assistant_masks": is_answer}
+    return {
+        **row,
+        **{name: mask for name, mask in masks.items() if name in row},
+        "input_ids": prompt_ids + completion_ids,
+        "labels": [-100] * len(prompt_ids) + completion_ids,
+    }
