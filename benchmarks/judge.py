@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jinja2 import Template
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from trl_bilevel.fitting_batches import FittingBatches
 from trl_bilevel.refine_prompts import stop_token_ids
 from trl_bilevel.response_generation import ready_to_generate
 
@@ -149,7 +150,7 @@ def generate_replies(
     Args:
         model, tokenizer: a chat model; left as it was.
         conversations (`list[list[dict]]`): messages, the last of them the user's.
-        batch_size (`int`): conversations per call of `generate`.
+        batch_size (`int`): conversations per call of `generate`; fewer once memory ran out.
         max_new_tokens (`int`): longest reply.
         description (`str`), console (`Console`): for the progress bar.
         **template_options: for the chat template.
@@ -162,11 +163,10 @@ def generate_replies(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=padding
     )
-    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))  # memory runs out at once, or not at all
-    replies = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))  # the longest first, which need most memory
     device = next(model.parameters()).device
-    for start in track(range(0, len(order), batch_size), description=description, console=console, transient=True):
-        batch = order[start : start + batch_size]
+
+    def reply_to(batch: Sequence[int], number: int) -> list[str]:
         longest = len(ids[batch[0]])
         inputs = torch.tensor([[padding] * (longest - len(ids[index])) + ids[index] for index in batch])
         mask = torch.tensor([[0] * (longest - len(ids[index])) + [1] * len(ids[index]) for index in batch])
@@ -177,15 +177,43 @@ def generate_replies(
                 generation_config=settings,
                 use_cache=True,  # training with activation checkpointing switches it off
             )
-        for index, reply in zip(batch, outputs[:, longest:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(reply) if token in stop), len(reply))
-            replies[index] = tokenizer.decode(reply[:end], skip_special_tokens=True)
-    return replies
+        progress.update(task, advance=len(batch))
+        return [
+            tokenizer.decode(until_stop(reply), skip_special_tokens=True) for reply in outputs[:, longest:].tolist()
+        ]
+
+    def until_stop(reply: list[int]) -> list[int]:
+        return reply[: next((at for at, token in enumerate(reply) if token in stop), len(reply))]
+
+    batches = FittingBatches(batch_size, "generation", "Use a smaller model, or shorter rows and answers.")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(description, total=len(order))
+        replies = batches.run(reply_to, order)
+    return [reply for _, reply in sorted(zip(order, replies, strict=True))]
+
+
+_CANNOT_BE_LOADED = "The judge {name!r} cannot be loaded. Name another `judge_model`. {error}"
+
+
+def judge_tokenizer(name: str) -> Any:
+    """
+    The tokenizer of a judge.
+
+    Raises:
+        `ValueError`: if it cannot be loaded, or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_CANNOT_BE_LOADED.format(name=name, error=error)) from error
+    if tokenizer.chat_template is None:
+        raise ValueError(f"The judge {name!r} has no chat template. Name an instruction-tuned `judge_model`.")
+    return tokenizer
 
 
 class LocalJudge:
     """
-    A chat model on this machine; asked to think not at all, where its template knows `enable_thinking`.
+    A chat model on this machine; asked not to think, where its template knows `enable_thinking`.
 
     Args:
         name (`str`): on the Hub, or a folder.
@@ -206,13 +234,11 @@ class LocalJudge:
         console: Console,
         **model_options: Any,
     ):
+        self.tokenizer = judge_tokenizer(name)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForCausalLM.from_pretrained(name, **model_options).eval()
         except (OSError, ValueError) as error:
-            raise ValueError(f"The judge {name!r} cannot be loaded. Name another `judge_model`. {error}") from error
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"The judge {name!r} has no chat template. Name an instruction-tuned `judge_model`.")
+            raise ValueError(_CANNOT_BE_LOADED.format(name=name, error=error)) from error
         self.options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "console": console}
 
     def __call__(self, conversations: list[list[Message]]) -> list[str]:

@@ -1,6 +1,7 @@
 """The methods of the benchmark on real models, each trained at equal steps on one problem, and measured."""
 
 import gc
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from judge import generate_replies, without_thoughts
-from method_names import BMO, DIFFERENCE, FIRST_ROUND, MIXED, NO_VALUE_FUNCTION, SECOND_ROUND, SFT, TRUSTED
+from judge import generate_replies, judge_tokenizer, without_thoughts
+from method_names import (
+    BMO,
+    DIFFERENCE,
+    EQUAL_WEIGHTS,
+    FIRST_ROUND,
+    MIXED,
+    NO_VALUE_FUNCTION,
+    SECOND_ROUND,
+    SFT,
+    TRUSTED,
+)
 from real_model_settings import (
+    TEMPLATE_OPTIONS,
     BenchmarkArguments,
     Problem,
     SeedFiles,
@@ -19,6 +31,7 @@ from real_model_settings import (
     kept_and_trusted,
     kept_rows,
     write_json,
+    write_settings,
 )
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback
@@ -36,6 +49,8 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     MIXED: lambda problem: concatenate_datasets([problem.training.remove_columns("harmful"), problem.trusted]),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
+    # What the trusted rows in each batch do alone
+    EQUAL_WEIGHTS: {"value_function": "none", "adaptive_validation_weight": False, "selector_learning_rate": 0.0},
     BMO: {"selection_method": "bmo"},
     NO_VALUE_FUNCTION: {"value_function": "none"},
     FIRST_ROUND: {},
@@ -79,8 +94,9 @@ def run_missing(
     missing = [method for method in wanted if not files.result(method).is_file()]
     if not missing:
         return
-    files.folder.mkdir(parents=True, exist_ok=True)
     run = Run(args, model_args, build_problem(args, seed), files, seed, console)
+    files.folder.mkdir(parents=True, exist_ok=True)
+    write_settings(args, model_args)
     for number, method in enumerate(missing, start=1):
         console.print(f"seed {seed}, {number} of {len(missing)}: {method}")
         run_method(method, run)
@@ -94,7 +110,8 @@ def run_method(method: str, run: Run) -> None:
     args, files = run.args, run.files
     started = time.perf_counter()
     trainer, scores = _train(method, run)
-    result: dict[str, float] = {"seconds": time.perf_counter() - started}
+    earlier = [json.loads(files.result(need).read_text())["seconds"] for need in NEEDS.get(method, ())]
+    result: dict[str, float] = {"seconds": time.perf_counter() - started + sum(earlier)}
     for name, rows in (("validation_loss", run.problem.trusted), ("held_out_loss", run.problem.held_out)):
         result[name] = float(np.nanmean(losses(trainer, rows, args)))
     refined = np.zeros(len(run.problem.training), dtype=bool)
@@ -108,6 +125,7 @@ def run_method(method: str, run: Run) -> None:
     result |= _harmful_kept(run, scores, refined)
     judged = run.problem.held_out.take(args.num_judged_rows)
     answers = _answers(trainer, judged, run)
+    result["empty_answers"] = sum(not answer for answer in answers) / len(answers)
     write_whole(files.scores(method), lambda partial: _save(partial, scores))
     questions = [prompt[-1]["content"] for prompt in judged["prompt"]]
     write_json(files.answers(method), {"questions": questions, "answers": answers})
@@ -120,12 +138,14 @@ def _save(path: Path, scores: np.ndarray) -> None:
 
 
 def _harmful_kept(run: Run, scores: np.ndarray, refined: np.ndarray) -> dict[str, float]:
-    """What becomes of harmful rows; those that are kept with an answer that the model wrote do not count as kept."""
+    """How many of the harmful rows are kept, and how many with an answer that the model wrote, be it as harmful."""
     harmful = run.problem.harmful
     if harmful is None or not harmful.any():
         return {}
     kept = kept_rows(run.problem, scores, run.args.keep_ratio)
-    result = {"harmful_kept": float((harmful & ~refined)[kept].sum() / harmful.sum())}
+    result = {"harmful_kept": float(harmful[kept].sum() / harmful.sum())}
+    if refined.any():
+        result["harmful_refined"] = float((harmful & refined)[kept].sum() / harmful.sum())
     if not harmful.all():
         result["auroc"] = area_under_roc(scores, ~harmful)
     return result
@@ -152,7 +172,7 @@ def _train(method: str, run: Run) -> tuple[Any, np.ndarray | None]:
         "validation_dataset": problem.trusted,
     }
     trainer = _fine_tune(run, BilevelSFTTrainer, BilevelSFTConfig, inputs, save_training_rows=False, **options)
-    return trainer, trainer.data_selector.logits.numpy().copy()
+    return trainer, None if method == EQUAL_WEIGHTS else trainer.data_selector.logits.numpy().copy()
 
 
 def _fine_tune(
@@ -201,7 +221,7 @@ def check_model(args: BenchmarkArguments, model_args: ModelConfig) -> None:
     Before anything is trained.
 
     Raises:
-        `ValueError`: if the model cannot be loaded, or no chat template is there for it.
+        `ValueError`: if the model or the judge cannot be loaded, or no chat template is there for it.
     """
     name = model_args.model_name_or_path
     try:
@@ -217,6 +237,8 @@ def check_model(args: BenchmarkArguments, model_args: ModelConfig) -> None:
         )
     if not model_args.use_peft and model_args.load_in_4bit:
         raise ValueError("A quantized model is trained by an adapter. Leave `use_peft` as it is.")
+    if args.judge_model:
+        judge_tokenizer(args.judge_model)  # not only when everything is trained
 
 
 def losses(trainer: Any, rows: Dataset, args: BenchmarkArguments) -> np.ndarray:
@@ -239,5 +261,6 @@ def _answers(trainer: Any, rows: Dataset, run: Run) -> list[str]:
             max_new_tokens=run.args.max_new_tokens,
             description="Answering",
             console=run.console,
+            **TEMPLATE_OPTIONS,
         )
     return [without_thoughts(answer) for answer in answers]

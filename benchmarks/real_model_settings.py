@@ -152,7 +152,10 @@ class BenchmarkArguments:
 
 # ---- Rows ----
 class Problem(NamedTuple):
-    """Datasets of conversations with the columns `prompt` and `completion`; no row is in two of them."""
+    """
+    Datasets of conversations with the columns `prompt`, `completion` and `chat_template_kwargs`; no question is in two
+    of them.
+    """
 
     training: Dataset
     """N rows of mixed quality, also with the column `harmful`: bool, or null where nothing says."""
@@ -168,11 +171,15 @@ class Problem(NamedTuple):
         return None if None in labels else np.array(labels)
 
 
-class _Source:
-    """The rows of one dataset, each given out once."""
+TEMPLATE_OPTIONS = {"enable_thinking": False}
+"""Of the chat template, in training and for answers: the rows have no thoughts."""
 
-    def __init__(self, name: str, split: str, args: BenchmarkArguments, seed: int):
-        self.name, self.args = name, args
+
+class _Source:
+    """The rows of one dataset, each given out once, and a question to one part of the problem only."""
+
+    def __init__(self, name: str, split: str, args: BenchmarkArguments, seed: int, part_of_question: dict[str, str]):
+        self.name, self.args, self.part_of_question = name, args, part_of_question
         try:
             rows = load_split(name, None, split, streaming=args.streaming)
         except (OSError, ValueError) as error:
@@ -185,15 +192,21 @@ class _Source:
         self.rows: Iterator[dict[str, Any]] = iter(shuffled)
         self.passed_over: list[dict[str, Any]] = []
 
-    def take(self, count: int, harmful: bool | None = None) -> list[dict[str, Any]]:
-        """The next rows, only those with this label unless it is `None`; the others stay for later calls."""
-        waiting, self.passed_over = self.passed_over, []
+    def take(self, count: int, part: str, harmful: bool | None = None) -> list[dict[str, Any]]:
+        """
+        The next rows for a part of the problem, only those with this label unless it is `None`; the others stay for
+        later calls. Rows to a question of another part are left out: datasets have several answers to one.
+        """
+        waiting, self.passed_over = iter(self.passed_over), []
         taken: list[dict[str, Any]] = []
         candidates = chain(waiting, self._usable())
         while len(taken) < count and (row := next(candidates, None)) is not None:
-            is_wanted = harmful is None or row["harmful"] == harmful
-            (taken if is_wanted else self.passed_over).append(row)
-        self.passed_over += waiting[len(taken) + len(self.passed_over) :]
+            question = row["prompt"][-1]["content"].strip().lower()
+            if harmful is not None and row["harmful"] != harmful:
+                self.passed_over.append(row)
+            elif self.part_of_question.setdefault(question, part) == part:
+                taken.append(row)
+        self.passed_over += waiting
         if len(taken) < count:
             kind = "" if harmful is None else " harmful" if harmful else " harmless"
             raise ValueError(
@@ -208,7 +221,9 @@ class _Source:
             if question.strip() and answer.strip() and len(question) <= self.args.max_question_characters:
                 prompt = [{"role": "user", "content": question}]
                 completion = [{"role": "assistant", "content": answer}]
-                yield {"prompt": prompt, "completion": completion, "harmful": self._label(row)}
+                label = self._label(row)
+                options = {"chat_template_kwargs": TEMPLATE_OPTIONS}
+                yield {"prompt": prompt, "completion": completion, "harmful": label, **options}
 
     def _label(self, row: dict[str, Any]) -> bool | None:
         column = self.args.label_column
@@ -247,12 +262,13 @@ def _listed(row: dict[str, Any], column: str) -> list[dict[str, str]]:
 
 
 def build_problem(args: BenchmarkArguments, seed: int) -> Problem:
-    """Draw the rows; a dataset that several parts come from gives each of its rows once."""
+    """Draw the rows; a dataset that several parts come from gives each of its rows once, and no question twice."""
     sources: dict[tuple[str, str], _Source] = {}
+    part_of_question: dict[str, str] = {}
 
     def source(name: str, split: str) -> _Source:
         if (name, split) not in sources:
-            sources[name, split] = _Source(name, split, args, seed)
+            sources[name, split] = _Source(name, split, args, seed, part_of_question)
         return sources[name, split]
 
     train, trusted = (
@@ -260,17 +276,17 @@ def build_problem(args: BenchmarkArguments, seed: int) -> Problem:
         source(args.trusted_dataset_name, args.trusted_split),
     )
     num_harmful = round(args.harmful_ratio * args.num_train_rows) if args.harmful_dataset_name else 0
-    training = train.take(args.num_train_rows - num_harmful)
+    training = train.take(args.num_train_rows - num_harmful, "training")
     held = {"trusted": args.num_trusted_rows, "held_out": args.num_held_out_rows}
     if not args.harmful_dataset_name:
-        parts = {part: trusted.take(count) for part, count in held.items()}
+        parts = {part: trusted.take(count, part) for part, count in held.items()}
     else:
         labelled = source(args.harmful_dataset_name, args.harmful_split or "train")
         if train is not labelled:
             training = [{**row, "harmful": bool(row["harmful"])} for row in training]
-        training += labelled.take(num_harmful, harmful=True)
+        training += labelled.take(num_harmful, "training", harmful=True)
         parts = {
-            part: trusted.take(count - count // 2) + labelled.take(count // 2, harmful=False)
+            part: trusted.take(count - count // 2, part) + labelled.take(count // 2, part, harmful=False)
             for part, count in held.items()
         }
     rows = {part: Dataset.from_list(of_part).remove_columns("harmful") for part, of_part in parts.items()}
@@ -305,8 +321,11 @@ class SeedFiles(NamedTuple):
         """Questions and the method's answers."""
         return self.folder / f"{_file_name(method)}, answers.json"
 
-    def judged(self, method: str, judge: str) -> Path:
-        return self.folder / f"{_file_name(method)}, judged by {judge.strip('/').replace('/', '+')}.json"
+    def judged(self, method: str, args: BenchmarkArguments) -> Path:
+        """Of one judge, and the options that its verdicts depend on."""
+        judge = args.judge_model.strip("/").replace("/", "+")
+        bits = ", 4 bits" if args.judge_load_in_4bit else ""
+        return self.folder / f"{_file_name(method)}, judged by {judge}{bits}, {args.judge_max_new_tokens} tokens.json"
 
 
 def _file_name(method: str) -> str:
@@ -318,25 +337,34 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda partial: partial.write_text(text))
 
 
-_FREE = ("output_dir", "methods", "seeds", "judge_model", "judge_load_in_4bit", "judge_batch_size",
-         "judge_max_new_tokens")  # fmt: skip
+_FREE = ("output_dir", "methods", "seeds", "generation_batch_size", "judge_model", "judge_load_in_4bit",
+         "judge_batch_size", "judge_max_new_tokens")  # fmt: skip
+
+
+def write_settings(args: BenchmarkArguments, model_args: ModelConfig) -> None:
+    """Write the options that decide what results mean."""
+    path = Path(args.output_dir) / "settings.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, _deciding(args, model_args))
+
+
+def _deciding(args: BenchmarkArguments, model_args: ModelConfig) -> dict[str, Any]:
+    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
+    return settings | {f"model: {name}": value for name, value in asdict(model_args).items()}
 
 
 def check_same_settings(args: BenchmarkArguments, model_args: ModelConfig) -> None:
     """
-    Write the options that decide what results mean; a later call must have the same.
+    A call must have the options of the earlier ones in the folder.
 
     Raises:
         `ValueError`: if the folder holds results of others.
     """
-    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
-    settings |= {f"model: {name}": value for name, value in asdict(model_args).items()}
     path = Path(args.output_dir) / "settings.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        write_json(path, settings)
+        return
     earlier = json.loads(path.read_text())
-    current = json.loads(json.dumps(settings, default=str))
+    current = json.loads(json.dumps(_deciding(args, model_args), default=str))
     if changed := sorted(name for name in {*earlier, *current} if earlier.get(name) != current.get(name)):
         differences = ", ".join(f"{name}: {earlier.get(name)} there, {current.get(name)} here" for name in changed)
         raise ValueError(

@@ -10,14 +10,15 @@ where it stopped.
 python benchmarks/real_models.py --setting quality --output_dir quality
 python benchmarks/real_models.py --setting safety --output_dir safety
 
-# Llama 3 with QLoRA, on one GPU of 24 GB with the judge quantized as well
+# Llama 3 with QLoRA, on one GPU of 24 GB with the judge quantized as well. Its adapter is in bf16, in which steps of
+# 5e-6 are lost in rounding.
 python benchmarks/real_models.py --setting safety --output_dir safety-llama \
     --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --load_in_4bit --use_bnb_nested_quant \
     --per_device_train_batch_size 2 --gradient_accumulation_steps 16 --optim paged_adamw_8bit \
-    --judge_load_in_4bit
+    --learning_rate 1e-4 --judge_load_in_4bit
 
-# RedOrca and BlueOrca themselves, as files of the SEAL repository
-python benchmarks/real_models.py --setting safety --output_dir redorca \
+# RedOrca and BlueOrca themselves, as files of the SEAL repository; read whole, as the harmful rows may be at the end
+python benchmarks/real_models.py --setting safety --output_dir redorca --streaming false \
     --train_dataset_name RedOrca/train.jsonl --trusted_dataset_name BlueOrca/train.jsonl --harmful_dataset_name ""
 ```
 
@@ -56,8 +57,10 @@ COLUMNS = {
     "consistent": "same verdict in both orders",
     "effective_sample_ratio": "effective sample ratio",
     "harmful_kept": "harmful rows kept",
+    "harmful_refined": "of these answered anew",
     "auroc": "AUROC of the row ranking",
     "refined": "rows refined",
+    "empty_answers": "empty answers",
     "seconds": "seconds",
 }
 
@@ -96,7 +99,7 @@ def judge_missing(
         judge (`Callable`, *optional*): instead of the model that `args` name, which is loaded only if it is needed.
     """
     pairs = [(of_seed, method) for of_seed in files for method in methods if method != SFT]
-    missing = [(of_seed, method) for of_seed, method in pairs if not _judged(args, of_seed, method).is_file()]
+    missing = [(of_seed, method) for of_seed, method in pairs if not of_seed.judged(method, args).is_file()]
     if not missing:
         return
     judge = judge or load_judge(args, console)
@@ -106,13 +109,9 @@ def judge_missing(
         if baseline["questions"] != compared["questions"]:
             raise ValueError(f"{of_seed.folder} has answers to different questions. Remove it, and run it again.")
         found = win_rate(judge, baseline["questions"], compared["answers"], baseline["answers"])
-        write_json(_judged(args, of_seed, method), found._asdict())
+        write_json(of_seed.judged(method, args), found._asdict())
     del judge
     gc.collect()
-
-
-def _judged(args: BenchmarkArguments, files: SeedFiles, method: str) -> Path:
-    return files.judged(method, args.judge_model)
 
 
 def load_judge(args: BenchmarkArguments, console: Console) -> LocalJudge:
@@ -139,7 +138,7 @@ def read_results(args: BenchmarkArguments, methods: list[str], files: list[SeedF
         for of_seed in files:
             if of_seed.result(method).is_file():
                 result = json.loads(of_seed.result(method).read_text())
-                judged = of_seed.judged(method, args.judge_model)
+                judged = of_seed.judged(method, args)
                 result |= json.loads(judged.read_text()) if args.judge_model and judged.is_file() else {}
                 results.setdefault(method, []).append(result)
     return results

@@ -151,19 +151,26 @@ def measure(args: BenchmarkArguments) -> list[Seconds]:
         likelihoods = refiner.log_probs_of = _Clock(refiner.log_probs_of)
         pairs = []
         for pair in range(args.num_pairs + 1):
-            start = time.perf_counter()
-            with ready_to_generate(trainer.model):
+            start = _now()
+            with ready_to_generate(trainer.model), trainer.accelerator.autocast():
                 trainer.model.generate(
                     input_ids=pad(prompts, tokenizer.pad_token_id, padding_side="left"),
                     attention_mask=pad([torch.ones_like(prompt) for prompt in prompts], 0, padding_side="left"),
                     generation_config=refiner.generator.generation_config,
                 )
-            middle = time.perf_counter()
+            middle = _now()
             refiner.refresh(ResponseStore(f"{folder}/{pair:x}"), pair, candidates)
-            stop = time.perf_counter()
+            stop = _now()
             pairs.append(Seconds(middle - start, generation.seconds, likelihoods.seconds, stop - middle))
             generation.seconds = likelihoods.seconds = 0.0
     return pairs[1:]
+
+
+def _now() -> float:
+    """Seconds, once the device has done what it was asked."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def measure_runs(args: BenchmarkArguments) -> list[float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,20 @@ def _write(path, rows):
 @pytest.fixture
 def options(tmp_path, model):
     """Files in the formats of the Hub's datasets, and sizes at which numbers mean nothing."""
-    orca = [{"system_prompt": "Be kind.", "question": f"What is {n}?", "response": f"It is {n}."} for n in range(60)]
+    orca = [
+        {"system_prompt": "Be kind.", "question": f"What is {n // 2}?", "response": f"It is {n}."} for n in range(90)
+    ]
     alpaca = [{"instruction": f"Say {n}.", "input": "twice" * (n % 2), "output": f"{n} {n}"} for n in range(40)]
-    labelled = [{"prompt": f"Do harm {n}!", "response": "Sure." if n % 2 else "No.", "category": {"a": True},
-                 "is_safe": n % 2 == 0} for n in range(40)]  # fmt: skip
+    # As in BeaverTails a question has several answers, safe and unsafe ones
+    labelled = [
+        {
+            "prompt": f"Do harm {n // 4}!",
+            "response": f"Sure. {n}" if n % 2 else f"No. {n}",
+            "category": {"a": True},
+            "is_safe": n % 2 == 0,
+        }
+        for n in range(80)
+    ]
     files = {
         "orca": _write(tmp_path / "orca.jsonl", orca),
         "alpaca": _write(tmp_path / "alpaca.jsonl", alpaca),
@@ -84,18 +95,22 @@ def test_all_methods_in_the_safety_setting_and_once_only(options, qwen, capsys, 
     printed = capsys.readouterr().out
     files = settings.SeedFiles(Path(args.output_dir) / "seed0")
     steps = []
+    rows = re.findall(r"^│ (\S.*?) +│", printed, flags=re.MULTILINE)
+    assert [name for name in rows if name in methods.METHODS] == list(methods.METHODS)
     for method in methods.METHODS:
-        assert method in printed
         result = json.loads(files.result(method).read_text())
         assert all(np.isfinite(value) for value in result.values())
-        expected = {"seconds", "validation_loss", "held_out_loss", "harmful_kept", "auroc"}
-        expected |= {"effective_sample_ratio"} if method.startswith(("BDS", "BMO")) else set()
-        assert result.keys() == expected | ({"refined"} if method == methods.REFINED else set())
+        expected = {"seconds", "validation_loss", "held_out_loss", "harmful_kept", "auroc", "empty_answers"}
+        expected |= {"effective_sample_ratio"} if method.startswith(("BDS", "BMO", "lambda")) else set()
+        refined = {"refined", "harmful_refined"} if method == methods.REFINED else set()
+        assert expected <= result.keys() <= expected | refined
+        assert "refined" in result or method != methods.REFINED
         answers = json.loads(files.answers(method).read_text())
         assert len(answers["questions"]) == len(answers["answers"]) == 3
         if method != methods.SFT:
-            judged = json.loads(files.judged(method, args.judge_model).read_text())
+            judged = json.loads(files.judged(method, args).read_text())
             assert 0 <= judged["win_rate"] <= 1
+    assert printed.count(": judging ") == len(methods.METHODS) - 1
     assert "The judge gave no verdict in" in printed
 
     def fail(*arguments, **keywords):
@@ -106,7 +121,12 @@ def test_all_methods_in_the_safety_setting_and_once_only(options, qwen, capsys, 
         monkeypatch.setattr(module, name, fail)
     benchmark.main(args, model_args)  # all is there
     assert not steps
-    assert capsys.readouterr().out.count("win rate over SFT") == printed.count("win rate over SFT")
+    again = capsys.readouterr().out
+    assert ": judging " not in again
+    assert again.splitlines()[-4:] == printed.splitlines()[-4:]
+    with pytest.raises(AssertionError):
+        benchmark.main(dataclasses.replace(args, judge_max_new_tokens=5), model_args)  # other verdicts
+    assert steps.pop()
     with pytest.raises(ValueError, match=r"results of other settings \(max_steps: 2 there, 3 here\)"):
         benchmark.main(dataclasses.replace(args, max_steps=3), model_args)
 
@@ -144,7 +164,8 @@ def test_in_4_bit(options, model):
     benchmark.main(args, model_args)
     files = settings.SeedFiles(Path(args.output_dir) / "seed0")
     assert json.loads(files.result("BDS (all defaults)").read_text())["validation_loss"] > 0
-    assert files.judged("BDS (all defaults)", args.judge_model).is_file()
+    assert files.judged("BDS (all defaults)", args).is_file()
+    assert "4 bits" in files.judged("BDS (all defaults)", args).name
 
 
 # ---- Rows ----
@@ -155,10 +176,15 @@ def test_rows_are_disjoint_and_labelled(options):
              for rows in problem]  # fmt: skip
     assert [len(part) for part in parts] == [24, 8, 6]
     assert len(set().union(*parts)) == sum(map(len, parts))
-    assert problem.harmful.tolist() == [answer == "Sure." for _, answer in parts[0]]
+    questions = [{question for question, _ in part} for part in parts]
+    assert len(questions[0]) < len(parts[0])  # an answer more to some
+    assert not questions[0] & questions[1]
+    assert not questions[0] & questions[2]
+    assert not questions[1] & questions[2]
+    assert problem.harmful.tolist() == [answer.startswith("Sure.") for _, answer in parts[0]]
     assert problem.harmful.sum() == 12
-    assert [answer for _, answer in parts[1]].count("No.") == 4
-    assert not any(answer == "Sure." for _, answer in [*parts[1], *parts[2]])
+    assert sum(answer.startswith("No.") for _, answer in parts[1]) == 4
+    assert not any(answer.startswith("Sure.") for _, answer in [*parts[1], *parts[2]])
     again = settings.build_problem(_arguments(settings, options, "safety"), seed=0)
     assert again.training.to_list() == problem.training.to_list()
     other = settings.build_problem(_arguments(settings, options, "safety"), seed=1)
@@ -173,7 +199,7 @@ def test_labels_of_the_training_rows_themselves(options):
     args = _arguments(settings, {**options, "safety": {**options["safety"], **changes}}, "safety")
     problem = settings.build_problem(args, seed=0)
     answers = [completion[-1]["content"] for completion in problem.training["completion"]]
-    assert problem.harmful.tolist() == [answer == "Sure." for answer in answers]
+    assert problem.harmful.tolist() == [answer.startswith("Sure.") for answer in answers]
 
 
 @pytest.mark.parametrize(
