@@ -13,7 +13,7 @@ import torch
 from alternatives import ALTERNATIVES, Context, best_rows, tokenized
 from datasets import Dataset, concatenate_datasets
 from fault_methods import PUBLIC_CODES_OPTIONS
-from method_names import FIRST_ROUND, MIXED, ORACLE, PUBLIC_CODES, SECOND_ROUND, SFT, TRUSTED
+from method_names import EQUAL_WEIGHTS, FIRST_ROUND, MIXED, ORACLE, PUBLIC_CODES, SECOND_ROUND, SFT, TRUSTED
 from peft import LoraConfig
 from real_text_rows import COMPLIANCE, REFUSAL, Problem, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -149,6 +149,8 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     ORACLE: lambda problem: problem.training.select(np.flatnonzero(problem.good)),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
+    # What the trusted rows in each batch do alone
+    EQUAL_WEIGHTS: {"value_function": "none", "adaptive_validation_weight": False, "selector_learning_rate": 0.0},
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": {"value_function": "none"},
@@ -214,6 +216,8 @@ def _train(name: str, setup: Setup, folder: Path) -> tuple[Any, np.ndarray]:
     problem = setup.problem
     if name in BILEVEL_OPTIONS:
         trainer = _bilevel(setup, **BILEVEL_OPTIONS[name])
+        if name == EQUAL_WEIGHTS:
+            return trainer, -losses(trainer, problem.training)
         return trainer, trainer.data_selector.logits.numpy().copy()
     if name in SFT_ROWS:
         trainer = _sft(setup, SFT_ROWS[name](problem))
