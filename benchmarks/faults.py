@@ -240,7 +240,7 @@ def break_off(
         if place.is_file():
             where[_phase(place.read_text())] += 1
         elif status != 0 and not (at_a_time and os.WIFSIGNALED(status)):  # it has broken by itself
-            return Outcome(injected, where, False, [output_dir.with_suffix(".log").read_text()[-2000:]])
+            return Outcome(injected + 1, where, False, [output_dir.with_suffix(".log").read_text()[-2000:]])
         elif at_a_time and (status != 0 or torch.load(result)["step"] < args.max_steps):
             where["any time" if status != 0 else "on SIGTERM"] += 1
         else:  # it came to its end before

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from judge import generate_replies, judge_tokenizer, without_thoughts
+from judge import generate_replies, without_thoughts
 from method_names import (
     BMO,
     DIFFERENCE,
@@ -114,7 +114,7 @@ def run_method(method: str, run: Run) -> None:
     result: dict[str, float] = {"seconds": time.perf_counter() - started + sum(earlier)}
     for name, rows in (("validation_loss", run.problem.trusted), ("held_out_loss", run.problem.held_out)):
         result[name] = float(np.nanmean(losses(trainer, rows, args)))
-    refined = np.zeros(len(run.problem.training), dtype=bool)
+    refined = None
     if isinstance(trainer, BilevelSFTTrainer):
         result["effective_sample_ratio"] = trainer.data_selector.statistics().effective_sample_ratio
         if trainer.refiner is not None:
@@ -137,15 +137,15 @@ def _save(path: Path, scores: np.ndarray) -> None:
         np.save(file, scores)
 
 
-def _harmful_kept(run: Run, scores: np.ndarray, refined: np.ndarray) -> dict[str, float]:
+def _harmful_kept(run: Run, scores: np.ndarray, refined: np.ndarray | None) -> dict[str, float]:
     """How many of the harmful rows are kept, and how many with an answer that the model wrote, be it as harmful."""
     harmful = run.problem.harmful
     if harmful is None or not harmful.any():
         return {}
     kept = kept_rows(run.problem, scores, run.args.keep_ratio)
     result = {"harmful_kept": float(harmful[kept].sum() / harmful.sum())}
-    if refined.any():
-        result["harmful_refined"] = float((harmful & refined)[kept].sum() / harmful.sum())
+    if refined is not None:
+        result["harmful_refined"] = float((harmful & refined)[kept].sum() / max(harmful[kept].sum(), 1))
     if not harmful.all():
         result["auroc"] = area_under_roc(scores, ~harmful)
     return result
@@ -221,7 +221,7 @@ def check_model(args: BenchmarkArguments, model_args: ModelConfig) -> None:
     Before anything is trained.
 
     Raises:
-        `ValueError`: if the model or the judge cannot be loaded, or no chat template is there for it.
+        `ValueError`: if the model cannot be loaded, or no chat template is there for it.
     """
     name = model_args.model_name_or_path
     try:
@@ -237,8 +237,6 @@ def check_model(args: BenchmarkArguments, model_args: ModelConfig) -> None:
         )
     if not model_args.use_peft and model_args.load_in_4bit:
         raise ValueError("A quantized model is trained by an adapter. Leave `use_peft` as it is.")
-    if args.judge_model:
-        judge_tokenizer(args.judge_model)  # not only when everything is trained
 
 
 def losses(trainer: Any, rows: Dataset, args: BenchmarkArguments) -> np.ndarray:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import disable_progress_bars
-from judge import ChatModel, LocalJudge, win_rate
+from judge import ChatModel, LocalJudge, judge_tokenizer, win_rate
 from real_model_methods import METHODS, SFT, check_model, run_missing, with_needs
 from real_model_settings import (
     BenchmarkArguments,
@@ -74,6 +74,8 @@ def main(args: BenchmarkArguments, model_args: ModelConfig) -> None:
     check_model(args, model_args)
     check_same_settings(args, model_args)
     files = {seed: SeedFiles(Path(args.output_dir) / f"seed{seed}") for seed in args.seeds}
+    if args.judge_model and _not_judged(args, methods, list(files.values())):
+        judge_tokenizer(args.judge_model)  # now, not only when everything is trained
     for seed, of_seed in files.items():
         run_missing(args, model_args, of_seed, seed, console)
     if args.judge_model:
@@ -98,8 +100,7 @@ def judge_missing(
         console (`Console`): for progress.
         judge (`Callable`, *optional*): instead of the model that `args` name, which is loaded only if it is needed.
     """
-    pairs = [(of_seed, method) for of_seed in files for method in methods if method != SFT]
-    missing = [(of_seed, method) for of_seed, method in pairs if not of_seed.judged(method, args).is_file()]
+    missing = _not_judged(args, methods, files)
     if not missing:
         return
     judge = judge or load_judge(args, console)
@@ -112,6 +113,11 @@ def judge_missing(
         write_json(of_seed.judged(method, args), found._asdict())
     del judge
     gc.collect()
+
+
+def _not_judged(args: BenchmarkArguments, methods: list[str], files: list[SeedFiles]) -> list[tuple[SeedFiles, str]]:
+    pairs = [(of_seed, method) for of_seed in files for method in methods if method != SFT]
+    return [(of_seed, method) for of_seed, method in pairs if not of_seed.judged(method, args).is_file()]
 
 
 def load_judge(args: BenchmarkArguments, console: Console) -> LocalJudge:

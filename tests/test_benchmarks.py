@@ -161,7 +161,11 @@ def real_text(tmp_path, monkeypatch):
 
 def test_real_text(real_text, tmp_path, capsys):
     real_text.main(real_text.BenchmarkArguments(data_dir=str(tmp_path), seeds=[0], num_trusted_rows=12))
-    assert "GSM8K over other tasks" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GSM8K over other tasks" in printed
+    values = [float(value) for value in re.findall(r"\b[01]\.\d{3}\b", printed)]
+    assert values
+    assert all(0 <= value <= 1 for value in values)
 
 
 @pytest.mark.filterwarnings("ignore:.*also in `validation_dataset`")  # one answer is most of so few rows

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_bilevel import DataSelector, selector_files
 from trl_bilevel.selector_files import SELECTOR_FILE_NAME
@@ -63,6 +64,32 @@ def test_large_sigmoid_logits_do_not_sum_all_rows_anew(monkeypatch):
     monkeypatch.undo()
     expected = torch.sigmoid(selector.logits.double())
     torch.testing.assert_close(selector.weights().double(), 4 * expected / expected.sum())
+
+
+class _LargestResult(TorchDispatchMode):
+    """Of the tensors that are made, not those that are written into or looked at."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        known = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.numel = max(self.numel, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_cost_of_a_step_does_not_depend_on_the_number_of_rows(activation):
+    selector = DataSelector(200_000, activation=activation)
+    rows, losses = torch.arange(0, 200_000, 6_250), torch.rand(32)
+    selector.update(rows, losses)
+    selector.statistics()  # from here on its sums are kept up to date
+    with _LargestResult() as largest:
+        selector.weights_of(rows)
+        selector.update(rows, losses)
+    assert 32 <= largest.numel <= 8 * 32
 
 
 def test_mirror_descent_touches_only_the_batch():

@@ -3,11 +3,12 @@
 import contextlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -113,8 +114,13 @@ def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
 
 def test_demo_prints_the_scores_it_computed(demo_output):
     table = (demo_output.parent / "printed.txt").read_text()
+    rows = {cells[0]: cells[1:] for line in table.splitlines() if (cells := re.findall(r"[^│ ](?:[^│]*[^│ ])?", line))}
+    curated = Dataset.from_parquet(str(demo_output / "curated" / "train.parquet"), cache_dir=str(demo_output / "x"))
+    kept_good = np.mean(np.array(curated["fault"]) == "none")
+    assert rows["bilevel SFT"][-1] == f"{kept_good:.1%}"
     for method in ("base model", "SFT", "bilevel SFT"):
-        assert f"│ {method} " in table
+        assert 0 <= float(rows[method][0]) <= 1
+    assert 0 < float(rows["bilevel SFT"][1]) <= 1
     assert "seed 3" in table
 
 

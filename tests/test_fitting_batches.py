@@ -67,19 +67,21 @@ def test_run_that_ran_out_of_memory_is_the_run_that_did_not(make_trainer, monkey
     expected = make_trainer(**options)
     expected.train()
     trainer = make_trainer(**options, output_dir=expected.args.output_dir + "-again")
-    largest = []
+    largest, refused = [], []
     owner, name = (trainer.refiner.generator, "_generate") if what == "generation" else (trainer, "_forward")
     original = getattr(owner, name)
 
     def limited(*arguments, **keywords):
         size = len(arguments[0]) if what == "generation" else len(arguments[1]["input_ids"])
         if size > 2 and (what == "generation" or not torch.is_grad_enabled()):
+            refused.append(size)
             raise OUT_OF_MEMORY
         largest.append(size)
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, limited)
     trainer.train()
+    assert refused
     found, wanted = (run.response_store.table().drop(["log_probs"]).to_pylist() for run in (trainer, expected))
     assert len(found) > 6
     for response, other in zip(found, wanted, strict=True):

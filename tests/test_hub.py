@@ -72,6 +72,7 @@ def test_published_rows_are_those_kept(hub, trained, train_dataset):
     assert sorted(scores["rank"]) == list(range(1, 25))
     assert list(load_dataset(REPO, split="train", streaming=True)) == expected.to_list()
     assert hub.repo("dataset", REPO).history()[0].message == "Curated dataset: 12 of 24 rows"
+    assert not hub.repo("dataset", REPO).private  # as the guides warn
 
 
 def test_second_push_of_the_same_is_no_commit(hub, trained):
@@ -143,7 +144,8 @@ def test_examples_in_a_card_show_the_answer():
     question, answer = "why " * 200, "because"
     assert dataset_card._example([question, answer]).endswith(" / because")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    assert dataset_card._example([turns * 5]).endswith("… / … / assistant&#58; because")
+    shown = dataset_card._example([[{"role": "system", "content": "Be kind."}, *turns * 5]])
+    assert re.fullmatch(r"… / user&#58; (why )+w?h?y?… / assistant&#58; because", shown)
     assert len(dataset_card._example([question] * 30)) < 30 * 60
 
 
@@ -374,7 +376,8 @@ def test_repository_whose_downloads_were_deleted(hub, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert [source["id"] for source in describe_dataset(rows["me/plain"])["sources"]] == ["me/plain"]
     description = describe_dataset(rows["me/open_orca"])  # which may be `OpenOrca`
-    assert (description["sources"], description["has_other_rows"]) == ([], True)
+    assert description["sources"] == []
+    assert source_text(description) == "a repository of the Hub whose name is not recorded"
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,9 @@ def test_answers_are_refined_in_packed_batches(make_trainer):
         refine_max_new_tokens=4, refine_discard_flawed=False,
     )  # fmt: skip
     trainer.train()
-    assert _logged(trainer, "refine/importance_ratio") == pytest.approx(
-        [1.0] * len(_logged(trainer, "refine/importance_ratio")), abs=1e-4
-    )
+    ratios = _logged(trainer, "refine/importance_ratio")
+    assert len(ratios) > 3
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
     assert max(_logged(trainer, "refine/row_ratio")) > 0
 
 

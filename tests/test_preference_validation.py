@@ -131,6 +131,24 @@ def test_reference_without_adapter_is_the_model_before_training(make_trainer, bu
     assert trainer.state.log_history[-2]["validation_loss"] < math.log(2)
 
 
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_resumed_run_equals_the_unbroken_one(make_trainer, build_model, has_adapter):
+    """The reference is what it was: the base without its adapter, or the model before its first step."""
+    options = {"validation_dataset": _pairs(), "validation_loss_type": "dpo", "beta": 0.3, "max_steps": 6}
+
+    def make(**more):
+        model = _lora(build_model()) if has_adapter else build_model()
+        return make_trainer(model=model, **options, **more)
+
+    unbroken = make(save_strategy="steps", save_steps=3)
+    unbroken.train()
+    resumed = make(output_dir=unbroken.args.output_dir + "-resumed")
+    resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-3")
+    assert torch.equal(resumed.data_selector.weights(), unbroken.data_selector.weights())
+    first, second = (dict(trainer.model.named_parameters()) for trainer in (unbroken, resumed))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
 def test_truncation_drops_whole_pairs(make_trainer, caplog):
     pairs = _pairs(5)
     long_prompt = {"prompt": "a b c " * 60, "chosen": " yes", "rejected": " no"}

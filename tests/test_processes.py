@@ -93,9 +93,10 @@ def test_two_processes_equal_one(one_process, two_processes, number):
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["parameters"], one["parameters"], rtol=1e-5, atol=1e-5)
-    for name in ("loss", "validation_loss", "training_loss", "num_tokens", "selector/filtered_ratio"):
-        values = [[entry[name] for entry in run["logs"] if name in entry] for run in (one, first)]
-        assert values[1] == pytest.approx(values[0], abs=1e-5), name
+    logs = [run["logs"][:-1] for run in (one, first)]  # without the summary of times
+    assert len(logs[1]) == len(logs[0]) > 1
+    for entry, expected in zip(logs[1], logs[0], strict=True):
+        assert entry == pytest.approx(expected, abs=1e-4, rel=1e-4)
     if "refine_ratio" in options:
         for responses in (first["responses"], second["responses"]):
             assert len(responses) == len(one["responses"]) >= 2 * 18

@@ -178,10 +178,13 @@ def test_many_refreshes_give_what_a_search_through_all_of_them_does(tmp_path):
     made = []
     for step in range(3, 60, 3):
         responses = [
-            _response(row, step, number, bool(rng.random() < 0.7), (step, row, number), text=f"{step} {number}")
+            _response(row, step, number, bool(rng.random() < 0.5), (step, row, number), text=f"{step} {row} {number}")
             for row in rng.permutation(rows)[:5].tolist()
             for number in range(2)
         ]
+        for response in responses:
+            if not response["used"]:
+                response["flaw"] = str(rng.choice(["identical", "truncated"]))
         store.write_refresh(step, _table(*responses), parts=0)
         made += responses
         if step % 9 == 0:  # some are read one by one, some together
@@ -189,14 +192,31 @@ def test_many_refreshes_give_what_a_search_through_all_of_them_does(tmp_path):
     store.read_new_files(60)
     worker = pickle.loads(pickle.dumps(store))
     worker.read_new_files(60)
+    dataset = Dataset.from_dict({"prompt": ["?"] * 12, "completion": ["the original"] * 12})
+    answers = {row: [] for row in rows}
+    num_back = 0
     for up_to_step in range(62):
+        changed = set()
+        for row in rows:
+            group = [r for r in made if r["row"] == row and r["step"] == up_to_step]
+            used = [r["completion_ids"] for r in group if r["used"]]
+            is_original = 2 * sum(r["flaw"] == "identical" for r in group) >= len(group) > 0
+            if used or (is_original and answers[row]):
+                answers[row] = used
+                changed.add(row)
+                num_back += not used
+        assert store.rows_that_change(up_to_step) == sorted(changed)
         for row in [*rows, 1000, -(2**62)]:
-            used = [r for r in made if r["row"] == row and r["used"] and r["step"] <= up_to_step]
-            expected = [r["completion_ids"] for r in used if r["step"] == used[-1]["step"]]
             for each in (store, worker):
-                assert [response.completion_ids for response in each.responses_of(row, up_to_step)] == expected
-        used = {r["row"] for r in made if r["step"] == up_to_step and r["used"]}
-        assert store.rows_that_change(up_to_step) == sorted(used)
+                found = [response.completion_ids for response in each.responses_of(row, up_to_step)]
+                assert found == answers.get(row, [])
+        # What is published is of those that training has
+        table = store.table().filter(pa.compute.less_equal(store.table().column("step"), up_to_step))
+        texts = {tuple(r["completion_ids"]): r["text"] for r in made}
+        for row, text in enumerate(apply_refined(dataset, table)[0]["completion"]):
+            assert text in ([texts[tuple(ids)] for ids in answers[row]] or ["the original"])
+            assert (text == "the original") == (not answers[row])
+    assert num_back > 5
 
 
 def test_memory_of_many_refreshes_is_a_few_bytes_a_row(tmp_path):

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -210,7 +211,7 @@ def test_costs_of_a_resumed_run_are_those_of_all_its_parts(make_trainer, tmp_pat
 def test_time_is_that_of_training(make_trainer, monkeypatch):
     """A trainer that is saved hours after it trained took no hours."""
     now = [1000.0]
-    monkeypatch.setattr("trl_bilevel.weight_history.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trl_bilevel.weight_history.time", SimpleNamespace(monotonic=lambda: now[0]))
     trainer = make_trainer(max_steps=1)
     trainer.add_callback(_Meanwhile(now, 5.0))
     trainer.train()

@@ -157,6 +157,17 @@ def test_the_end_of_a_turn_ends_a_response_where_the_chat_template_applies(token
     assert end_of_turn not in stop_token_ids(tokenizer, None, None, {"input_ids": [5, 6]})
 
 
+def test_the_default_of_several_templates_is_taken(tokenizer):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages | tojson }}"}
+    reader, expected = (_reader([{"messages": TURNS}], each) for each in (several, tokenizer))
+    assert reader.read(0).prompt_ids == expected.read(0).prompt_ids
+    assert reader._answer_header == expected._answer_header
+    assert stop_token_ids(several, 0, None, {"messages": TURNS}) == stop_token_ids(
+        tokenizer, 0, None, {"messages": TURNS}
+    )
+
+
 # ---- Generation ----
 @pytest.fixture
 def prompts(tokenizer):
@@ -216,6 +227,11 @@ def test_what_the_template_puts_before_an_answer_is_no_part_of_it(tokenizer, res
     question = reader.read(0)
     tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
     assert reader.text_of(question, tokens, [tokens[-1]]) == question.original == "13"
+    ids = question.prompt_ids + tokens  # the same row, tokenized
+    row = {"input_ids": ids, "labels": [-100] * len(question.prompt_ids) + tokens}
+    tokenized = QuestionReader(Dataset.from_list([row]), tokenizer, template, None)
+    question = tokenized.read(0)
+    assert tokenized.text_of(question, tokens, [tokens[-1]]) == question.original == "13"
 
 
 def test_text_keeps_all_but_the_token_that_ends_it(tokenizer):
@@ -225,6 +241,8 @@ def test_text_keeps_all_but_the_token_that_ends_it(tokenizer):
     tokens = tokenizer(question.original)["input_ids"]
     for completion in (tokens, [*tokens, tokenizer.eos_token_id]):
         assert reader.text_of(question, completion, [tokenizer.eos_token_id]) == question.original
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert reader.text_of(question, [mark], [tokenizer.eos_token_id]) == ""  # an answer of nothing
 
 
 def test_messages_without_a_content(tokenizer):
@@ -235,17 +253,6 @@ def test_messages_without_a_content(tokenizer):
     for last, found in (({"role": "assistant", "content": "2"}, True), (call, False), ({"role": "assistant"}, False)):
         reader = QuestionReader([{"messages": [*turns, last]}], tokenizer, template, None)
         assert (reader.read(0) is not None) == found
-
-
-def test_special_tokens_that_the_template_does_not_know_are_meant(tokenizer):
-    """As in training, which tokenizes them so."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|context|>"]})
-    messages = [{"role": "user", "content": "<|context|> 12 + 1"}, {"role": "assistant", "content": "13"}]
-    question = _reader([{"messages": messages}], tokenizer).read(0)
-    assert question.prompt_ids.count(tokenizer.convert_tokens_to_ids("<|context|>")) == 1
-    expected = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    assert question.prompt_ids == expected
 
 
 def test_thoughts_do_not_count_as_the_answer():

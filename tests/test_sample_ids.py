@@ -44,7 +44,10 @@ def test_weights_follow_rows_through_a_shuffled_source(make_trainer, train_datas
 
 def test_duplicate_rows_each_have_their_own_weight(make_trainer, train_dataset):
     twice = concatenate_datasets([train_dataset, train_dataset])
-    trainer = make_trainer(train_dataset=twice, learning_rate=0.0, max_steps=12, selector_learning_rate=1.0)
+    options = {"learning_rate": 0.0, "selector_learning_rate": 1.0, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(train_dataset=twice, max_steps=9, **options)  # batches of 4: the copies of half of the rows
     trainer.train()
-    assert trainer.data_selector.scored.all()
+    assert trainer.data_selector.scored.tolist() == [True] * 36 + [False] * 12
+    logits = trainer.data_selector.logits
+    assert (logits[:12] != logits[24:36]).all()
     assert len(trainer.curate(0.5)) == 24

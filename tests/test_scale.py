@@ -241,8 +241,9 @@ def test_one_question_for_several_ranks(one, number, request):
     (expected,) = one.results["one_question"]
     assert len(expected["responses"]) >= 2
     for rank in runs.results["one_question"]:
-        texts = [[response["response"] for response in run["responses"]] for run in (rank, expected)]
-        assert texts[0] == texts[1]
+        names = ("row", "step", "response", "text", "completion_ids")
+        answers = [[[response[name] for name in names] for response in run["responses"]] for run in (rank, expected)]
+        assert answers[0] == answers[1]
 
 
 def test_communication_does_not_grow_with_the_dataset(two):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,24 @@ def test_answers_that_proved_good_are_left_alone(make_trainer, mode):
     assert asked == set((~good[0]).nonzero().flatten().tolist())
 
 
+def test_lowest_weights_among_the_others_are_asked(make_trainer):
+    options = {**REFINE, "refine_mode": "lowest_weight", "refine_ratio": 0.25, "refine_start_step": 7}
+    trainer = make_trainer(**options, max_steps=9)
+    refresh, found = trainer.refiner.refresh, []
+
+    def record(store, step, candidates):
+        found.append((trainer.data_selector.logits.clone(), trainer.data_selector.proved_good))
+        return refresh(store, step, candidates)
+
+    trainer.refiner.refresh = record
+    trainer.train()
+    ((logits, good),) = found
+    others = (~good).nonzero().flatten()
+    assert len(others) > 6
+    asked = {response["row"] for response in trainer.response_store.table().to_pylist()}
+    assert asked == set(others[logits[others].argsort()[:6]].tolist())
+
+
 def test_bmo_weighs_new_answers_at_once(make_trainer):
     """No selector has to learn them: the step that first sees them weighs by their loss."""
     trainer = make_trainer(
@@ -344,6 +363,7 @@ def test_reward_functions_accept_and_reject(make_trainer):
 
     trainer = make_trainer(**REFINE, max_steps=3, reward_funcs=even_rows)
     trainer.train()
+    assert len(trainer.response_store.table()) == 24
     for response in trainer.response_store.table().to_pylist():
         assert response["used"] == (response["row"] % 2 == 0)
         if not response["used"]:
@@ -522,30 +542,34 @@ def test_changed_settings_are_not_mixed_with_what_was_generated_before(make_trai
     first.train()
     again = make_trainer(**{**options, "refine_temperature": 0.5}, output_dir=first.args.output_dir)
     again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-4")
+    assert set(again.response_store.table().column("step").to_pylist()) == {2, 5, 8}
     for response in again.response_store.table().to_pylist():
         temperature = json.loads(response["settings"])["refine_temperature"]
         assert temperature == (1.0 if response["step"] < 4 else 0.5)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"validation_weight": 0.4}, {"selector_learning_rate": 3.0}, {"filter_ratio": 0.5}, {"weight_decay": 0.3},
-        {"importance_ratio_clip": 1.01}, {"importance_sampling_level": "sequence"},
-        {"gradient_accumulation_steps": 2, "max_steps": 12}, {"validation_dataset": prompt_completion_rows(10, 2000)},
-    ],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
-def test_a_run_that_goes_on_otherwise_takes_no_answers_of_the_first_attempt(make_trainer, change):
+def test_a_run_that_goes_on_otherwise_takes_no_answers_of_the_first_attempt(make_trainer, tmp_path):
     """Each refresh after the checkpoint is made anew, by the model as it is then."""
     options = {**RECOVERY, "save_steps": 4, "max_steps": 12}
     first = make_trainer(**options)
     first.train()
-    again = make_trainer(**{**options, **change}, output_dir=first.args.output_dir)
-    steps, answer = [], again.refiner._answer
-    again.refiner._answer = lambda questions, step, *rest: steps.append(step) or answer(questions, step, *rest)
-    again.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-4")
-    assert sorted(set(steps)) == [5, 8]
+    for change in (
+        {"validation_weight": 0.4}, {"selector_learning_rate": 3.0}, {"filter_ratio": 0.5}, {"weight_decay": 0.3},
+        {"importance_ratio_clip": 1.01}, {"importance_sampling_level": "sequence"},
+        {"gradient_accumulation_steps": 2, "max_steps": 12}, {"validation_dataset": prompt_completion_rows(10, 2000)},
+    ):  # fmt: skip
+        folder = tmp_path / next(iter(change))
+        shutil.copytree(first.args.output_dir, folder)
+        again = make_trainer(**{**options, **change}, output_dir=str(folder))
+        steps, answer = [], again.refiner._answer
+
+        def record(questions, step, *rest, steps=steps, answer=answer):
+            steps.append(step)
+            return answer(questions, step, *rest)
+
+        again.refiner._answer = record
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        assert sorted(set(steps)) == [5, 8], change
 
 
 def test_a_refresh_of_other_rows_is_made_anew(make_trainer, tmp_path):
@@ -573,8 +597,8 @@ def test_checkpoint_holds_every_response_and_its_origin(make_trainer):
     checkpoint = Path(trainer.args.output_dir) / "checkpoint-12"
     store = ResponseStore.load(checkpoint, checkpoint / "elsewhere")
     assert store.table().equals(trainer.response_store.table())
+    assert set(store.table().column("step").to_pylist()) == {2, 5, 8}  # one at 11 would reach no batch
     for response in store.table().to_pylist():
-        assert response["step"] in (2, 5, 8)  # one at 11 would reach no batch
         assert len(response["log_probs"]) == len(response["completion_ids"])
         assert json.loads(response["settings"])["refine_max_new_tokens"] == 6
         assert response["weight"] > 0

@@ -355,6 +355,23 @@ def test_rows_of_high_loss_lose_weight(make_trainer, selector_activation, select
         assert auroc > 0.8
 
 
+def test_defaults_with_an_adapter_find_a_consistent_wrong_answer(make_trainer):
+    """As easy to learn as the right one, and given more often: only the trusted rows tell which is which."""
+    right = [{"prompt": f"say it {n}:", "completion": " yes it is"} for n in range(26)]
+    wrong = [{"prompt": f"say it {n}:", "completion": " no it is not"} for n in range(100, 114)]
+    trainer = make_trainer(
+        train_dataset=Dataset.from_list([*wrong, *right[:10]]),
+        validation_dataset=Dataset.from_list(right[10:]),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        max_steps=40,
+    )
+    assert trainer.value_function is not None
+    trainer.train()
+    wrong_weights, right_weights = trainer.data_selector.weights().split([14, 10])
+    assert (right_weights[:, None] > wrong_weights).float().mean() > 0.95
+    assert set(trainer.curate(10 / 24)["completion"]) == {" yes it is"}
+
+
 def test_row_with_nan_loss_is_skipped_counted_and_survived(make_trainer, build_model, tokenizer, tmp_path):
     """A frozen embedding of NaN for one token: its row would turn every LoRA gradient into NaN."""
     poison = tokenizer.convert_tokens_to_ids("#")

@@ -167,8 +167,9 @@ class BilevelSetup(SFTTrainer):
                 "that is spread over others. Use plain data parallelism, or `refine_ratio=0`."
             )
         rows = self._source_dataset.with_format(None)
-        # TRL gives a template of the user's to the processor of a model that has one, and not to its tokenizer
-        template = self.chat_template or getattr(self.processing_class, "chat_template", None)
+        template = self.chat_template
+        if template is None and self.processing_class is not self._tokenizer:
+            template = self.processing_class.chat_template  # TRL gives the user's to a processor, not to its tokenizer
         reader = QuestionReader(rows, self._tokenizer, template, args.refine_prompt_template)
         check_refinable(reader, self._formatting_func is not None, reward_funcs)
         stop_ids = stop_token_ids(self._tokenizer, self.model.generation_config.eos_token_id, template, rows[0])

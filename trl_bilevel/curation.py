@@ -34,8 +34,10 @@ def curate_dataset(
     - `weight` (float): learned weight, mean 1 over all N rows;
     - `rank` (int): 1 for the row of the highest weight, N for the lowest; rows that were not scored come last;
     - `scored` (bool): False for a row whose weight was never updated, because training ended before it was seen, its
-      loss was never finite, or truncation left it without completion tokens. Its weight says nothing about it. Also
-      False for a refined answer that training never came to; such a row ranks by the weight that new answers get;
+      loss was never finite, truncation left it without completion tokens, or weights were fixed
+      (`selector_learning_rate=0`) and the given selector did not know it. Its weight says nothing about it. Also
+      False for an answer that training never came to after a refresh changed it; such a row ranks by the weight that
+      new answers get;
     - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
     - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
       were generated for the row, with their step, settings, the question's weight and the mean log-probability per

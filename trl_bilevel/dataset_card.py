@@ -233,6 +233,7 @@ def _dataset_options(description: dict[str, Any], prefix: str, split_option: str
     is_whole = (
         len(sources) == 1
         and not description["has_other_rows"]
+        and not description.get("has_unnamed_source")
         and not description.get("is_derived")
         and (split is None or split.isidentifier())
     )
@@ -314,8 +315,8 @@ def _example(values: list[Any]) -> str:
     parts = []
     for value in values:
         if isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict):
-            between = ["…"] * (len(value) > 2)
-            parts += [escape(_plain(value[:1]), longest // 2), *between, escape(_plain(value[-1:]), longest // 2)]
+            question, answer = (escape(_plain([message]), longest // 2) for message in value[-2:])
+            parts += [*["…"] * (len(value) > 2), question, answer]
         else:
             parts.append(escape(_plain(value), longest))
     return " / ".join(parts)

@@ -38,10 +38,11 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
     for blocks in parts:  # next to each other: columns that were added to rows of the Hub are in memory
         paths = [Path(block.path).as_posix() for block in blocks if isinstance(block, MemoryMappedTable)]
         found.append(next((source for path in paths if (source := _source_of(path)) is not None), None))
-    sources = [source for source in found if source is not None]
+    sources = [source for source in found if source is not None and source["id"]]
     return {
         "sources": [source for number, source in enumerate(sources) if source not in sources[:number]],
         "has_other_rows": None in found,  # not of the Hub
+        "has_unnamed_source": any(source is not None and not source["id"] for source in found),
         "is_derived": _is_derived(dataset),
         "split": str(dataset.split) if dataset.split else None,
         "license": dataset.info.license or None,
@@ -50,23 +51,26 @@ def describe_dataset(dataset: Dataset | IterableDataset) -> dict[str, Any]:
 
 
 def _source_of(path: str) -> dict[str, str] | None:
-    """Repository, revision and configuration of a file of rows, `None` if it is not of the Hub as far as is known."""
+    """Repository, revision and configuration of a file of rows, `None` if it is not of the Hub."""
     match = _CACHE_PATH.fullmatch(path)
-    repo_id = None if match is None else _repo_id(match["namespace"], match["name"], match["revision"])
-    if match is None or repo_id is None:
+    if match is None:
         return None
+    repo_id = _repo_id(match["namespace"], match["name"], match["revision"])
     return {"id": repo_id, "revision": match["revision"], "config": match["config"]}
 
 
-def _repo_id(namespace: str | None, name: str, revision: str) -> str | None:
-    """`OpenOrca` is cached as `open_orca`; the files that it was made of are in a folder with the name as it is."""
+def _repo_id(namespace: str | None, name: str, revision: str) -> str:
+    """
+    The repository of rows, empty if its name is not known any more. `OpenOrca` is cached as `open_orca`; the files
+    that it was made of are in a folder with the name as it is.
+    """
     downloads = Path(constants.HF_HUB_CACHE).glob(f"datasets--*/snapshots/{revision}")
     names = [folder.parent.parent.name.removeprefix("datasets--").split("--") for folder in downloads]
     for *owner, as_it_is in names:
         if owner == [namespace] * (namespace is not None) and camelcase_to_snakecase(as_it_is) == name:
             return "/".join([*owner, as_it_is])
     # They were deleted. Of a name without an underscore the Hub knows the repository, whatever letters were capitals
-    return None if "_" in name else "/".join(filter(None, (namespace, name)))
+    return "" if "_" in name else "/".join(filter(None, (namespace, name)))
 
 
 def _is_derived(dataset: Dataset) -> bool:
@@ -113,6 +117,8 @@ def source_text(description: dict[str, Any]) -> str:
     names = [f"`{source['id']}` (revision `{source['revision']}`)" for source in description["sources"]]
     if description.get("is_stream"):
         return "a stream, whose source is not recorded"
+    if description.get("has_unnamed_source"):
+        names.append("a repository of the Hub whose name is not recorded")
     if not names:
         return "not on the Hub"
     derived = "rows selected from or made of " if description.get("is_derived") else ""

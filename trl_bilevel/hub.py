@@ -273,7 +273,8 @@ def load_curated_dataset(
 
 def _describe_sources(api: HfApi, training: dict[str, Any]) -> dict[str, Any]:
     """License, if all sources have the same, and languages, from the cards of the repositories rows come from."""
-    licenses: set[str | None] = {None} if training["has_other_rows"] else set()
+    has_others = training["has_other_rows"] or training.get("has_unnamed_source")
+    licenses: set[str | None] = {None} if has_others else set()
     languages: list[str] = []
     for source in training["sources"]:
         try:

@@ -82,13 +82,14 @@ class HubPublishing(Checkpointing):
         if not self.is_world_process_zero():
             return None
         output_dir = self.args.output_dir
-        if isinstance(self.train_dataset, Dataset) and not self.data_selector.scored.any():
+        has_trained = self.state.global_step > 0
+        if isinstance(self.train_dataset, Dataset) and not (has_trained or self.data_selector.scored.any()):
             raise ValueError(
                 "No row of this trainer has a score, so there is nothing to publish. Train first. A run that is on "
                 f"disk is published by `{push_command(output_dir, repo_id, keep_ratio=keep_ratio)}`."
             )
         retry_command = None
-        if self.args.save_training_rows and isinstance(self.train_dataset, Dataset):
+        if has_trained and self.args.save_training_rows and isinstance(self.train_dataset, Dataset):
             retry_command = push_command(
                 output_dir,
                 repo_id,
@@ -100,7 +101,7 @@ class HubPublishing(Checkpointing):
                 language=language,
                 sensitive=sensitive,
             )
-        if self.state.global_step > 0:  # those of a run whose selector was read from there are left as they are
+        if has_trained:  # the records of a run whose selector was read from there are left as they are
             self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
         with as_rows(self.curate()) as scored:
             commit = publish_curated_dataset(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.features.features import require_storage_embed
 from datasets.table import embed_table_storage, table_cast
 
@@ -22,6 +22,7 @@ from .whole_files import write_whole
 
 
 _ROWS_PER_PIECE = 10_000  # read at a time, and at most in a row group of the file
+_ROWS_WITH_FILES_PER_PIECE = 100  # whose content is read as well
 
 
 def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> int:
@@ -42,13 +43,13 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = None if rows.features is None else rows.features.arrow_schema
-    tables = read_pieces(rows)
+    has_files = any(require_storage_embed(feature) for feature in (rows.features or {}).values())
+    tables = read_pieces(rows, _ROWS_WITH_FILES_PER_PIECE if has_files else None)
     if schema is None:
         first = next(tables, None)
         if first is None:
             raise ValueError(f"The stream has no rows, so {path} has no columns to be written with.")
         schema, tables = first.schema, itertools.chain([first], tables)
-    has_files = any(require_storage_embed(feature) for feature in Features.from_arrow_schema(schema).values())
     num_rows = 0
 
     def write(partial: Path) -> None:
@@ -77,21 +78,24 @@ def column(dataset: Dataset, name: str) -> np.ndarray:
     return read_column(dataset, name).to_numpy()
 
 
-def read_pieces(rows: Dataset | IterableDataset) -> Iterator[pa.Table]:
-    """Walk over all rows; fast as long as those that were selected come in the order they are stored in."""
+def read_pieces(rows: Dataset | IterableDataset, num_rows: int | None = None) -> Iterator[pa.Table]:
+    """
+    Walk over all rows, some at a time; fast as long as those that were selected come in the order they are stored in.
+    """
+    num_rows = num_rows or _ROWS_PER_PIECE
     if isinstance(rows, Dataset) and rows._indices is not None:
         numbers = rows._indices.column(0).to_numpy().astype(np.int64)  # of the rows that were selected
         if (numbers[1:] >= numbers[:-1]).all():
-            for start in range(0, len(rows.data), _ROWS_PER_PIECE):
-                first, last = np.searchsorted(numbers, [start, start + _ROWS_PER_PIECE])
+            for start in range(0, len(rows.data), num_rows):
+                first, last = np.searchsorted(numbers, [start, start + num_rows])
                 if first < last:
-                    piece = rows.data.fast_slice(start, min(_ROWS_PER_PIECE, len(rows.data) - start))
+                    piece = rows.data.fast_slice(start, min(num_rows, len(rows.data) - start))
                     yield piece.take(numbers[first:last] - start)
             return
     if rows.features is None:  # each piece would have types of its own
-        yield from (piece.data.table for piece in pieces_of_stream(rows, _ROWS_PER_PIECE))
+        yield from (piece.data.table for piece in pieces_of_stream(rows, num_rows))
     else:
-        yield from rows.with_format("arrow").iter(batch_size=_ROWS_PER_PIECE)
+        yield from rows.with_format("arrow").iter(batch_size=num_rows)
 
 
 def pieces_of_stream(rows: IterableDataset, num_rows: int) -> Iterator[Dataset]:

@@ -10,21 +10,18 @@ from transformers import PreTrainedTokenizerBase
 _MARKERS = "\ue000", "\uf8ff", "\U000f0000"  # for private use: one of them is in none of the messages
 
 
-def has_control_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], chat_template: str | None = None
-) -> bool:
-    """Whether the text of a message spells a token that speaks for the chat template, or that ends a text."""
-    pattern = _control_tokens(tokenizer, chat_template)
+def has_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
+    """Whether the text of a message spells a special token of the tokenizer."""
+    pattern = _special_tokens(tokenizer)
     return pattern is not None and any(pattern.search(text) for text in _texts(messages))
 
 
 def tokenize_as_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> list[int]:
     """
-    Tokens of a conversation whose control tokens are those of the chat template only.
+    Tokens of a conversation whose special tokens are those of the chat template only.
 
     `"<|im_end|>"` in a message would end the message, and let whoever wrote it speak for the system. Such text is set
-    aside while the template is rendered and tokenized piece by piece. A special token of the user's own, of which the
-    template knows nothing, stays the token that it is in training.
+    aside while the template is rendered and tokenized piece by piece.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a chat template.
@@ -34,7 +31,7 @@ def tokenize_as_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
     Raises:
         `ValueError`: if the messages use every character that could stand for what is set aside.
     """
-    pattern = _control_tokens(tokenizer, options.get("chat_template"))
+    pattern = _special_tokens(tokenizer)
     assert pattern is not None
     everything = "".join(_texts(messages))
     marker = next((character for character in _MARKERS if character not in everything), None)
@@ -59,11 +56,8 @@ def tokenize_as_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
     return tokens
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> re.Pattern[str] | None:
-    template = str(chat_template or tokenizer.chat_template)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
-    ends = (tokenizer.bos_token, tokenizer.eos_token)
-    contents = [token for token in special if token in template or token in ends]
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
     if not contents:
         return None
     return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))))

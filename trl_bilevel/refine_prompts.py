@@ -163,7 +163,7 @@ class QuestionReader:
         start = start_of_last_answer(is_answer)
         if start == 0:
             return None
-        prompt_ids, answer_ids = tokens[:start], tokens[start:]
+        prompt_ids, answer_ids = tokens[:start], after_last(tokens[start:], self._answer_header)
         return Question(
             row,
             prompt_ids,
@@ -186,6 +186,8 @@ class QuestionReader:
         if isinstance(question.prompt, str) and "input_ids" not in question.columns:
             tokens = completion_ids[:-1] if completion_ids and completion_ids[-1] in stop_ids else completion_ids
             text = decode_response(self.tokenizer, question.prompt_ids, tokens, skip_special_tokens=False)
+            if not decode_response(self.tokenizer, question.prompt_ids, tokens).strip():
+                return ""  # a mark at the end of nothing
         else:
             tokens = after_last(completion_ids, self._answer_header)
             text = decode_response(self.tokenizer, question.prompt_ids, tokens)
@@ -194,14 +196,13 @@ class QuestionReader:
     @cached_property
     def _answer_header(self) -> list[int]:
         """Control tokens, and what is between them, that the chat template puts between prompt and answer."""
-        template = self.chat_template or self.tokenizer.chat_template
-        if template is None:
+        if (self.chat_template or self.tokenizer.chat_template) is None:
             return []
         marker = "an answer"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
         prompt, whole = (
             self.tokenizer.apply_chat_template(
-                part, tokenize=False, chat_template=template, add_generation_prompt=part is not messages
+                part, tokenize=False, chat_template=self.chat_template, add_generation_prompt=part is not messages
             )
             for part in (messages[:1], messages)
         )
@@ -213,7 +214,7 @@ class QuestionReader:
 
     def _tokens(self, prompt: Any, **options: Any) -> list[int]:
         # A prompt in text may be a conversation that the user has rendered: its special tokens are meant
-        if isinstance(prompt, list) and has_control_tokens(self.tokenizer, prompt, options.get("chat_template")):
+        if isinstance(prompt, list) and has_control_tokens(self.tokenizer, prompt):
             return tokenize_as_text(self.tokenizer, prompt, **options)
         return list(_tokenize(self.tokenizer, prompt, **options)["input_ids"])
 
@@ -309,11 +310,11 @@ def stop_token_ids(
     ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or [])
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    template = chat_template or tokenizer.chat_template
-    if template is not None and ("input_ids" in row or is_conversational(row) or is_conversational_from_value(row)):
+    has_template = (chat_template or tokenizer.chat_template) is not None
+    if has_template and ("input_ids" in row or is_conversational(row) or is_conversational_from_value(row)):
         marker = "an answer"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=chat_template)
         after = tokenizer(text.rpartition(marker)[2].lstrip(), add_special_tokens=False)["input_ids"]
         # Tokenized rows may be of another format
         fits = "input_ids" not in row or set(after[:1]) <= set(row["input_ids"])

@@ -295,26 +295,23 @@ def read_arrived(path: str | os.PathLike) -> pa.Table:
     return table.filter(pa.compute.less_equal(table.column("step"), arrived_up_to))
 
 
-def returns_to_original(used: list[bool], flaws: list[str | None]) -> bool:
+def returns_to_original(flaws: list[str | None]) -> bool:
     """
-    Whether a refresh speaks for the original answer: at least half of a row's responses are that again, and none is
-    used.
+    Whether responses to a question, none of which is used, speak for its original answer: at least half are that.
 
     Example:
 
     ```python
-    >>> returns_to_original([False, False], ["identical", "truncated"])
-    True
-    >>> returns_to_original([False, True], ["identical", None])
-    False
+    >>> returns_to_original(["identical", "truncated"]), returns_to_original(["identical", "empty", "truncated"])
+    (True, False)
 
     ```
     """
-    return not any(used) and 2 * flaws.count("identical") >= len(flaws)
+    return 2 * flaws.count("identical") >= len(flaws)
 
 
 def _confirmed_rows(table: pa.Table) -> np.ndarray:
-    """Rows of a refresh that [`returns_to_original`] holds for, ascending, int64."""
+    """Rows of a refresh that use no response and that [`returns_to_original`] holds for, ascending, int64."""
     rows, of_response = np.unique(table.column("row").to_numpy(), return_inverse=True)
     is_identical = pa.compute.equal(table.column("flaw"), "identical").fill_null(False).to_numpy()
     num_used = np.bincount(of_response, weights=table.column("used").to_numpy(), minlength=len(rows))

@@ -91,7 +91,7 @@ def apply_refined(dataset: Dataset, responses: pa.Table) -> tuple[Dataset, dict[
     Put refined answers in place of the originals.
 
     Of the responses that took a row's place in training, those of its last refresh, the one given most often is kept,
-    among those the most likely one.
+    among those the most likely one. A row whose last refresh came back to the original answer has that one.
 
     Args:
         dataset (`datasets.Dataset`): N rows as the user passed them.
@@ -151,7 +151,7 @@ def _in_use(responses: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for _, of_step in groupby(responses, key=lambda response: response["step"]):
         group = [*of_step]
         used = [response for response in group if response["used"]]
-        if used or returns_to_original([False] * len(group), [response["flaw"] for response in group]):
+        if used or returns_to_original([response["flaw"] for response in group]):
             in_use = used
     return in_use
 

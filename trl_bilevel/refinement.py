@@ -341,7 +341,8 @@ class Refiner:
                         "step": step,
                         "response": number,
                         "used": fit and not rejected,
-                        "flaw": flaw or ("rejected" if rejected else None),
+                        # What is turned down, be it the original again, speaks for nothing
+                        "flaw": "rejected" if rejected and flaw in (None, "identical") else flaw,
                         "text": texts[start + number],
                         "prompt_ids": asked[start].prompt_ids,
                         "completion_ids": completions[start + number],
