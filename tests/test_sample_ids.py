@@ -44,7 +44,7 @@ def test_weights_follow_rows_through_a_shuffled_source(make_trainer, train_datas
 
 def test_duplicate_rows_each_have_their_own_weight(make_trainer, train_dataset):
     twice = concatenate_datasets([train_dataset, train_dataset])
-    options = {"learning_rate": 0.0, "selector_learning_rate": 1.0, "train_sampling_strategy": "sequential"}
+    options = {"selector_learning_rate": 1.0, "train_sampling_strategy": "sequential"}
     trainer = make_trainer(train_dataset=twice, max_steps=9, **options)  # batches of 4: the copies of half of the rows
     trainer.train()
     assert trainer.data_selector.scored.tolist() == [True] * 36 + [False] * 12
