@@ -81,7 +81,7 @@ def test_every_row_knows_its_optimizer_step(batch_size, batches_per_step):
 def test_last_batches_are_filled_as_accelerate_does_and_are_of_the_last_step(num_rows):
     """Of several processes the last may get rows of the epoch's beginning only."""
     shares = []
-    for filled_batches in (1, 4):
+    for batches_per_round in (1, 4):
         sampler = PairedSampler(
             SequentialSampler(range(num_rows)),
             ValidationStream(5, seed=0),
@@ -89,7 +89,7 @@ def test_last_batches_are_filled_as_accelerate_does_and_are_of_the_last_step(num
             2,
             8,
             -(-num_rows // 32),
-            filled_batches,
+            batches_per_round,
         )
         sampler.set_epoch(1)
         batches = BatchSampler(sampler, 4, drop_last=False)

@@ -143,6 +143,13 @@ def test_what_a_plain_trainer_cannot_honour_is_refused(refine, message):
         SelfRefiningCallback(collator, RefinementConfig(**options))
 
 
+@pytest.mark.parametrize("reward_funcs", [None, []])
+def test_threshold_without_rewards_is_refused(reward_funcs):
+    config = RefinementConfig(refine_ratio=0.5, refine_mode="random", refine_reward_threshold=0.5)
+    with pytest.raises(ValueError, match=r"`refine_reward_threshold=0\.5` has no effect without `reward_funcs`"):
+        SelfRefiningCallback(SelfRefiningCollator(lambda rows: {}), config, reward_funcs)
+
+
 def test_rows_without_a_prompt_are_refused_before_training(make_sft):
     trainer = make_sft(rows=Dataset.from_list([{"text": f"row {row} is text"} for row in range(8)]))
     with pytest.raises(ValueError, match="the loss covers the prompt too"):

@@ -80,7 +80,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
     Attributes:
         data_selector ([`DataSelector`]): the rows' weights, `data_selector.weights()`.
         validation_weight (`float`): lambda, as it is now.
-        value_function ([`~trl_bilevel.value_function.ValueFunction`] or `None`): whether there is one.
+        value_function ([`~trl_bilevel.value_function.ValueFunction`] or `None`): the values that the weights compare
+            with; `None` in a run without.
         validation_dataset (`datasets.Dataset`): the trusted rows, prepared for training.
 
     Raises:
@@ -205,9 +206,9 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         args = self.args
         self.response_store = ResponseStore(self._responses_folder)
         self.refiner = self._build_refiner(reward_funcs) if args.refine_ratio > 0 else None
-        self._rows_to_refine = np.zeros(0 if self._is_streamed else len(self._source_dataset), dtype=bool)
+        self._trained_rows = np.zeros(0 if self._is_streamed else len(self._source_dataset), dtype=bool)
         if not self._is_streamed:
-            self._rows_to_refine[read_sample_indices(self.train_dataset)] = True
+            self._trained_rows[read_sample_indices(self.train_dataset)] = True
         # Batches that are collated before the answers of a refresh are there: those that the workers hold, and one
         # that accelerate fetches ahead
         num_ahead = 1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or _PREFETCH_FACTOR)

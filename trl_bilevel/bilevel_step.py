@@ -73,7 +73,7 @@ class BilevelStep(RowGathering):
     response_store: ResponseStore
     packed_training: PackedRows | None
     _has_adaptive_weight: bool
-    _rows_to_refine: np.ndarray
+    _trained_rows: np.ndarray
     _refresh_delay: int
     _training_metrics: TrainingMetrics
 
@@ -109,7 +109,7 @@ class BilevelStep(RowGathering):
         # Before a batch is fetched: the order of events is the same whether the run was interrupted here or not
         if self.refiner is not None:
             self._check_refresh_schedule()
-            if self._is_refresh_due():
+            if self._reaches_a_batch(self.state.global_step):
                 self._refine_answers(self.refiner)
             # The new answers are in the batches from here on
             changed = self.response_store.rows_that_change(self.state.global_step - self._refresh_delay)
@@ -117,19 +117,17 @@ class BilevelStep(RowGathering):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._start_step(batches)
+            step_rows = [batch[STEP_ROWS] for batch in batches]
             if not self._selection.needs_losses:
-                self._weigh_rows(batches, self._selected_weights())
+                self._weigh_rows(step_rows, self._selected_weights())
             elif len(batches) > 1:
                 # The weights compare the losses of all micro-batches, which are not known before the first backward
                 # pass: an extra forward pass without gradient. A single micro-batch weighs its rows itself.
                 row_means = torch.cat([self._row_means_without_gradient(*item) for item in enumerate(batches)])
-                self._weigh_rows(batches, self._selected_weights(row_means))
+                self._weigh_rows(step_rows, self._selected_weights(row_means))
             if self.value_function is not None:
-                self._weigh_value_function_rows(batches)
+                self._weigh_value_function_rows(step_rows)
         return batches, num_items_in_batch
-
-    def _is_refresh_due(self) -> bool:
-        return self._reaches_a_batch(self.state.global_step)
 
     def _reaches_a_batch(self, step: int) -> bool:
         """Whether a refresh at this step is due, and training is not over before its answers are in a batch."""
@@ -157,26 +155,28 @@ class BilevelStep(RowGathering):
     def _refine_answers(self, refiner: Refiner) -> None:
         """Online self-refining generation: the model answers questions whose answers have not proved good."""
         selector = self.data_selector
-        refinable = self._rows_to_refine & ~selector.proved_good.numpy()
+        refinable = self._trained_rows & ~selector.proved_good.numpy()
         candidates = Candidates(refinable, selector.weights().numpy(), selector.logits.numpy())
         responses = refiner.refresh(self.response_store, self.state.global_step, candidates)
         for name, value in refresh_metrics(responses).items():
             self._metrics["train"][name].append(value)
 
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
-        indices = [batch.pop(SAMPLE_INDICES) for batch in batches]
-        self._step_row_counts = self._count_rows(sum(map(len, indices)))
-        self._step_sample_indices = self._number_rows([index for batch in indices for index in batch])
+        own_rows = [batch.pop(SAMPLE_INDICES) for batch in batches]  # numbers, or ids of a stream's rows
+        self._step_row_counts = self._count_rows(sum(map(len, own_rows)))
+        self._step_sample_indices = self._number_rows([row for batch in own_rows for row in batch])
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
-        for batch, sample_indices in zip(batches, indices, strict=True):
+        for batch, rows in zip(batches, own_rows, strict=True):
             lengths = batch.pop(ROW_LENGTHS, None)
             batch[STEP_ROWS] = StepRows(
-                len(sample_indices),
-                torch.tensor(batch.pop(ROW_OF_SEQUENCE)),
-                batch.pop(REFINED_SPANS),
-                torch.tensor(batch.pop(NUM_TOKENS)),
-                PaddedLayout() if lengths is None else PaddingFreeLayout(torch.tensor(lengths), self.args.device),
-                torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
+                num_training=len(rows),
+                row_of_sequence=torch.tensor(batch.pop(ROW_OF_SEQUENCE)),
+                refined_spans=batch.pop(REFINED_SPANS),
+                num_tokens=torch.tensor(batch.pop(NUM_TOKENS)),
+                layout=PaddedLayout()
+                if lengths is None
+                else PaddingFreeLayout(torch.tensor(lengths), self.args.device),
+                reference_nll=torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
             )
 
     def _number_rows(self, own: list[Any]) -> torch.Tensor:
@@ -187,36 +187,35 @@ class BilevelStep(RowGathering):
             return self.data_selector.row_numbers(self._step_sample_ids)
         return self._gather_rows(torch.tensor(own))
 
-    def _weigh_rows(self, batches: list[dict[str, Any]], step_weights: torch.Tensor) -> None:
+    def _weigh_rows(self, step_rows: list[StepRows], step_weights: torch.Tensor) -> None:
         """Set the coefficients of all rows from the weights of the step's training rows, those of all processes."""
         kept = step_weights >= filter_threshold(step_weights, self.args.filter_ratio)
         if self._has_adaptive_weight:
             step_weights = step_weights * ~self.data_selector.sunk(self._step_sample_indices)
         validation_weight = self.validation_weight
         self._metrics["train"]["validation_weight"].append(validation_weight)
-        coefficients = self._row_coefficients(batches, step_weights, kept, validation_weight)
-        own_filtered = (~self._own_rows(kept)).split([batch[STEP_ROWS].num_training for batch in batches])
-        for batch, filtered, batch_coefficients in zip(batches, own_filtered, coefficients, strict=True):
-            batch[STEP_ROWS].num_filtered = int(filtered.sum())
-            batch[STEP_ROWS].coefficients = batch_coefficients.to(self.args.device, non_blocking=True)
+        coefficients = self._row_coefficients(step_rows, step_weights, kept, validation_weight)
+        own_filtered = (~self._own_rows(kept)).split([rows.num_training for rows in step_rows])
+        for rows, filtered, row_coefficients in zip(step_rows, own_filtered, coefficients, strict=True):
+            rows.num_filtered = int(filtered.sum())
+            rows.coefficients = row_coefficients.to(self.args.device, non_blocking=True)
 
-    def _weigh_value_function_rows(self, batches: list[dict[str, Any]]) -> None:
+    def _weigh_value_function_rows(self, step_rows: list[StepRows]) -> None:
         """The same for the value function: training rows only, in its own weights, none filtered."""
         weights = self.data_selector.value_function_weights_of(
             self._step_sample_indices, self.args.value_function_rows
         )
-        coefficients = self._row_coefficients(batches, weights, torch.ones_like(weights, dtype=torch.bool), 0.0)
-        for batch, batch_coefficients in zip(batches, coefficients, strict=True):
-            rows: StepRows = batch[STEP_ROWS]
+        coefficients = self._row_coefficients(step_rows, weights, torch.ones_like(weights, dtype=torch.bool), 0.0)
+        for rows, row_coefficients in zip(step_rows, coefficients, strict=True):
             # theta-hat stands for the training rows as they were given
-            value_coefficients = batch_coefficients[: rows.num_sequences] * ~rows.is_refined  # (S,)
+            value_coefficients = row_coefficients[: rows.num_sequences] * ~rows.is_refined  # (S,)
             rows.value_coefficients = value_coefficients.to(self.args.device, non_blocking=True)
 
     def _row_coefficients(
-        self, batches: list[dict[str, Any]], step_weights: torch.Tensor, kept: torch.Tensor, validation_weight: float
+        self, step_rows: list[StepRows], step_weights: torch.Tensor, kept: torch.Tensor, validation_weight: float
     ) -> list[torch.Tensor]:
         return row_coefficients_of_step(
-            [batch[STEP_ROWS] for batch in batches],
+            step_rows,
             self._own_rows(step_weights),
             self._own_rows(kept),
             validation_weight,
@@ -257,7 +256,7 @@ class BilevelStep(RowGathering):
         nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (R,) each, R = S + V or S + 2P
         self._step_row_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
         if rows.coefficients is None:
-            self._weigh_rows([{STEP_ROWS: rows}], self._selected_weights(self._step_row_means[-1]))
+            self._weigh_rows([rows], self._selected_weights(self._step_row_means[-1]))
         finite = rows.with_whole_pairs(nll.isfinite())
         num_nonfinite = int((~finite).sum())
         if self._any_process(num_nonfinite > 0):
@@ -345,7 +344,7 @@ class BilevelStep(RowGathering):
         return loss
 
     def finish_step(self) -> None:
-        """After the model's optimizer step, not before: a checkpoint may be written until then, of the step before."""
+        """After the model's optimizer step: until then a checkpoint is of the step before, and knows none of it."""
         if self.value_function is not None:
             self.value_function.step(self._get_learning_rate(), self._reduce_gradient)
         if isinstance(self.data_selector, StreamedSelector):

@@ -153,7 +153,10 @@ class Checkpointing(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """As in Trainer; and the random state is kept, of which a checkpoint within the step is."""
+        """
+        As in Trainer; and keeps the random state from before the step: a checkpoint written within a step, on SIGTERM,
+        is resumed at its beginning.
+        """
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._begun_step is not None:
             self._begun_at = RandomState(self.args.device)
@@ -161,7 +164,8 @@ class Checkpointing(SFTTrainer):
         return batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        # A dataloader draws a seed: into an epoch's first step Trainer goes with the state of before that
+        # Of an epoch's first step it is that from before the dataloader's iterator is made, which draws a seed: a
+        # resumed run restores the random state before that
         self._begun_step, self._begun_at = None, RandomState(self.args.device)
         return super()._run_epoch(*args, **kwargs)
 

@@ -126,8 +126,8 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_batch_size (`int`): V, rows.
         batches_per_step (`int`): micro-batches of all processes in an optimizer step.
         steps_per_epoch (`int`): optimizer steps in an epoch.
-        filled_batches (`int`): above 1, the batches that processes take at a time. The last ones of an epoch are then
-            filled with its first rows, which accelerate would do as well, but not with the step that they are of.
+        batches_per_round (`int`): batches dealt out at a time, one per process. Above 1 the last round of an epoch is
+            filled with its first rows, as accelerate would fill it, but these know the step that they are now of.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class PairedSampler(Sampler[PairedIndex]):
         validation_batch_size: int,
         batches_per_step: int = 1,
         steps_per_epoch: int = 0,
-        filled_batches: int = 1,
+        batches_per_round: int = 1,
     ):
         self.training_sampler = training_sampler
         self.validation_stream = validation_stream
@@ -146,7 +146,7 @@ class PairedSampler(Sampler[PairedIndex]):
         self.validation_batch_size = validation_batch_size
         self.batches_per_step = batches_per_step
         self.steps_per_epoch = steps_per_epoch
-        self.filled_batches = filled_batches
+        self.batches_per_round = batches_per_round
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -171,7 +171,7 @@ class PairedSampler(Sampler[PairedIndex]):
 
     def __len__(self) -> int:
         """N, and what fills the last batches."""
-        rows_per_round = self.training_batch_size * self.filled_batches if self.filled_batches > 1 else 1
+        rows_per_round = self.training_batch_size * self.batches_per_round if self.batches_per_round > 1 else 1
         return -(-self.num_rows // rows_per_round) * rows_per_round
 
     def __iter__(self) -> Iterator[PairedIndex]:
@@ -181,7 +181,7 @@ class PairedSampler(Sampler[PairedIndex]):
         for position, training_row in enumerate(self.training_sampler):
             start, stop = stop, epoch_start + self._validation_rows_for(position + 1)
             index = PairedIndex(training_row, self.validation_stream.rows(start, stop), self._step_at(position))
-            if position < self.training_batch_size * self.filled_batches:
+            if position < self.training_batch_size * self.batches_per_round:
                 first.append(index)
             yield index
         for position in range(self.num_rows, len(self)):

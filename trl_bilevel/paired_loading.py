@@ -177,7 +177,7 @@ class PairedLoading(SFTTrainer):
             validation_batch_size=self.validation_batch_size,
             batches_per_step=self.args.world_size * self.args.gradient_accumulation_steps,
             steps_per_epoch=self._steps_per_epoch(len(sampler)),
-            filled_batches=1 if self.args.dataloader_drop_last else self.args.world_size,
+            batches_per_round=1 if self.args.dataloader_drop_last else self.args.world_size,
         )
         return dataset.sampler
 

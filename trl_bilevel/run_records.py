@@ -80,7 +80,7 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         `ValueError`: if `keep_ratio` is out of range, or the files do not belong together.
     """
     directory = find_scores(run_dir)
-    if read_facts(run_dir)["training"].get("is_stream"):
+    if read_facts(directory)["training"].get("is_stream"):
         raise ValueError(
             f"{directory} is of a run on a stream, whose rows are not on disk. Curate in the training script: "
             "`trainer.curate(...)`. After a restart build the trainer as before and take the weights from disk, "

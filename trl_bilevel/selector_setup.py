@@ -54,7 +54,7 @@ def build_selector(
         learning_rate = _EXCESS_LOSS_LEARNING_RATE
     prior = args.selector_prior if on_its_own else 0.5
     if given is not None and given.activation == "sigmoid" and is_prior_default:
-        # Weights that stay as they are must not be moved to another prior; without a value function it judges nothing
+        # Weights that stay as they are keep their prior; without a value function it has no effect
         prior = given.prior if learning_rate == 0 or not on_its_own else prior
     if sample_ids is None:
         return StreamedSelector(activation, learning_rate, centered=not on_its_own, prior=prior)

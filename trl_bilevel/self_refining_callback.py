@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from .refine_prompts import Question, QuestionReader, check_refinable, stop_token_ids
@@ -95,7 +96,7 @@ class SelfRefiningCallback(TrainerCallback):
                     f"`{name}={getattr(config, name)!r}` cannot be honoured in a plain trainer. Leave it out, or use "
                     "BilevelSFTTrainer."
                 )
-        if config.refine_reward_threshold != 0 and reward_funcs is None:
+        if config.refine_reward_threshold != 0 and not reward_funcs:
             raise ValueError(
                 f"`refine_reward_threshold={config.refine_reward_threshold}` has no effect without `reward_funcs`. "
                 "Pass them, or leave it out."
@@ -175,7 +176,7 @@ class SelfRefiningCallback(TrainerCallback):
 
     @staticmethod
     def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -45,9 +45,10 @@ class StepRows:
     num_filtered: int = 0
     """Training rows that take no part in the model's step."""
     coefficients: torch.Tensor | None = None
-    """What each loss counts, fp32, on the device: (S + V,) for rows, (S + P,) for pairs."""
+    """Factor of each sequence's summed loss, or pair's loss, in the objective, fp32, on the device: (S + V,) for rows,
+    (S + P,) for pairs."""
     value_coefficients: torch.Tensor | None = None
-    """What each training sequence's loss counts for the value function, fp32, on the device: (S,)."""
+    """Factor of each training sequence's summed loss in the value function's objective, fp32, on the device: (S,)."""
 
     @property
     def num_sequences(self) -> int:
@@ -89,7 +90,10 @@ class StepRows:
         return torch.cat([finite[: self.num_sequences], pairs.repeat_interleave(2)])
 
     def only(self, staying: torch.Tensor, layout: BatchLayout) -> "StepRows":
-        """The same without the sequences that do not stay; `staying` is bool of shape (R,), pairs being whole."""
+        """
+        The same without the sequences that do not stay; `staying` is bool of shape (R,), pairs being whole. The counts
+        of rows and the value function's coefficients stay those of the whole micro-batch.
+        """
         assert self.coefficients is not None
         training, validation = staying.tensor_split([self.num_sequences])
         has_pairs = self.reference_nll.numel() > 0

@@ -109,7 +109,7 @@ class WeightHistory:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             return history
-        with damage_explained(path, "Delete it: all but its entries is elsewhere."):
+        with damage_explained(path, "Delete it: only the history of the weights is lost."):
             tensors = load_file(path)
             for name in (*_ENTRY_FIELDS, "first_logits"):
                 setattr(history, name, tensors[name])

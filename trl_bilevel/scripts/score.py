@@ -103,9 +103,7 @@ def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
             "training script: `trainer.score(...)`."
         )
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, streaming=args.dataset_streaming)
-    first_rows = list(dataset.take(1))
-    if not first_rows:
-        raise ValueError(f"The dataset {args.dataset_name} is empty, so there is nothing to score.")
+    first_rows = list(dataset.take(1))  # there is one
     model, tokenizer = _load_model(args.run_dir, model_args, settings.model_revision)
     with tempfile.TemporaryDirectory() as scratch:
         # Prepares rows as the run did; it is never trained
