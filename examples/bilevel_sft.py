@@ -49,5 +49,6 @@ if __name__ == "__main__":
     trainer.train()
 
     trainer.save_model(training_args.output_dir)
-    trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")  # new
+    if trainer.is_world_process_zero():
+        trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")  # new
     trainer.end()

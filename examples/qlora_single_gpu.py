@@ -143,5 +143,6 @@ if __name__ == "__main__":
     if torch.cuda.is_available():
         print(f"Peak of the GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     trainer.save_model(training_args.output_dir)
-    trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")
+    if trainer.is_world_process_zero():
+        trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     trainer.end()

@@ -54,5 +54,6 @@ if __name__ == "__main__":
     for source, weight in trainer.source_weights().items():  # the highest first
         print(f"{weight:8.4f}  {'kept' if weight >= script_args.min_source_weight else 'dropped':8} {source}")
     curated = trainer.curate().filter(lambda row: row["weight"] >= script_args.min_source_weight)
-    curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
+    if trainer.is_world_process_zero():
+        curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     trainer.end()

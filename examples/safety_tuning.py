@@ -60,5 +60,6 @@ if __name__ == "__main__":
     for row in scored.select(worst):
         print(f"{row['weight']:.3f}  {row.get('prompt') or row['messages']!r}")
     curated = trainer.curate(keep_ratio=script_args.keep_ratio)
-    curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
+    if trainer.is_world_process_zero():
+        curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     trainer.end()

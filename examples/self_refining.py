@@ -53,7 +53,8 @@ if __name__ == "__main__":
     trainer.save_model(training_args.output_dir)
 
     curated = trainer.curate()
-    curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
+    if trainer.is_world_process_zero():
+        curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     refined = [index for index, source in enumerate(curated["response_source"]) if source == "refined"]
     table = Table(title=f"{len(refined)} of {len(curated)} answers were regenerated; the first of them:")
     for column in ("question", "original answer", "refined answer", "weight"):

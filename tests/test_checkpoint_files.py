@@ -1,8 +1,11 @@
 """Which checkpoints are whole."""
 
 import json
+from pathlib import Path
 
 import pytest
+from conftest import prompt_completion_rows
+from transformers import TrainerCallback
 
 from trl_bilevel import DataSelector
 from trl_bilevel.checkpoint_files import (
@@ -95,6 +98,31 @@ def test_checkpoint_of_another_trainer_is_left_to_the_selector_to_refuse(tmp_pat
     check_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="BilevelSFTTrainer wrote"):
         DataSelector(num_rows=1).load(tmp_path, "rows")
+
+
+class _OnSave(TrainerCallback):
+    """Writes, changes and removes files of a checkpoint, as callbacks of users do."""
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (checkpoint / "notes.txt").write_text("of the user's")
+        (checkpoint / "README.md").unlink(missing_ok=True)
+        with (checkpoint / "trainer_state.json").open("a") as file:
+            file.write("\n")
+
+
+def test_what_callbacks_do_to_a_checkpoint_is_part_of_it(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(
+        callbacks=[_OnSave()], eval_dataset=prompt_completion_rows(4, 500), load_best_model_at_end=True, **options
+    )
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    assert find_problem(checkpoint) == ("whole", "")
+    (checkpoint / "notes.txt").unlink()
+    state, why = find_problem(checkpoint)
+    assert state == "damaged"
+    assert "notes.txt is missing" in why
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):

@@ -129,7 +129,8 @@ def test_sft_goes_on_from_its_last_checkpoint(files, tmp_path, capsys):
 
 def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
-    config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
+    flags = "num_processes: 1\nmulti_gpu: false\n"  # of the launcher
+    config.write_text(f"{flags}datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
     options = _training_options(files, tmp_path / "out")
     del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
     # All but the other process: the launcher has to tell the options of `datasets` from its own

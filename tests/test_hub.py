@@ -313,6 +313,21 @@ def test_base_model_on_disk_is_not_published(hub, make_trainer, build_model, tok
     assert config.base_model_name_or_path == str(tmp_path / "base")
 
 
+def test_base_model_on_disk_is_not_published_by_hand(hub, make_trainer, build_model, tokenizer, tmp_path):
+    """As the README has it: `push_to_hub` is no option of the run."""
+    build_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(model=str(tmp_path / "base"), peft_config=adapter, hub_model_id="me/adapter", max_steps=1)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("model", "me/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base"
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+    assert trainer.model.active_peft_config.base_model_name_or_path == str(tmp_path / "base")
+
+
 def test_pushed_checkpoint_goes_on(hub, make_trainer, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "checkpoint", "save_strategy": "steps",
                "save_steps": 4, "max_steps": 8}  # fmt: skip

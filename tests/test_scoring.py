@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import prompt_completion_rows
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
+from trl import SFTConfig
 
 from trl_bilevel.amortized_selector import AmortizedSelector, load_amortized_selector
 from trl_bilevel.cli import main
@@ -330,13 +331,13 @@ def test_base_model_is_of_the_revision_that_the_run_used(make_lora_trainer, buil
     trainer.model.config._commit_hash = "3f" * 20  # as if it came from the Hub
     trainer.save_model(str(tmp_path / "run"))
     prompt_completion_rows(3).to_json(tmp_path / "corpus.jsonl")
-    load, loaded = AutoModelForCausalLM.from_pretrained, []
+    load, loaded = LlamaForCausalLM.from_pretrained, []  # the class of the run, which a text model's is not always
 
     def note(name, revision=None, trust_remote_code=False, **options):
         loaded.append((Path(name).name, revision, trust_remote_code))
         return load(name, **options)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", note)
     options = ["--dataset_name", str(tmp_path / "corpus.jsonl")]
     build_model().save_pretrained(tmp_path / "moved")
     for number, more in enumerate(([], ["--model_revision", "old"], ["--model_name_or_path", str(tmp_path / "moved"),
@@ -344,6 +345,20 @@ def test_base_model_is_of_the_revision_that_the_run_used(make_lora_trainer, buil
         command = ["score", str(tmp_path / "run"), *options, "--output_dir", str(tmp_path / str(number)), *more]
         assert main(command) == 0
     assert loaded == [("base", "3f" * 20, False), ("base", "old", False), ("moved", None, True)]
+
+
+def test_one_process_takes_one_of_several_devices(make_lora_trainer, build_model, tmp_path, monkeypatch):
+    """It is not launched, and TRL refuses several in one process."""
+    build_model().save_pretrained(tmp_path / "base")
+    trainer = make_lora_trainer(model=str(tmp_path / "base"), max_steps=1)
+    trainer.save_model(str(tmp_path / "run"))
+    rows = [{"prompt": "a", "completion": "b", "tools": [{"enum": values}]} for values in ([1, 2], ["low"])]
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "tools": List(Json())})
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "corpus")  # its first row does not tell them
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 2 if self._n_gpu < 0 else self._n_gpu))
+    monkeypatch.setattr(SFTConfig, "_setup_devices", torch.device("cpu"))
+    command = ["score", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "corpus")]
+    assert main([*command, "--output_dir", str(tmp_path / "scored")]) == 0
 
 
 def test_what_scoring_cannot_honour_is_refused(make_trainer, tmp_path, capsys):

@@ -53,6 +53,18 @@ def write_manifest(directory: str | os.PathLike) -> None:
     write_whole(folder / MANIFEST_FILE_NAME, lambda partial: partial.write_text(text))
 
 
+def renew_manifest(directory: str | os.PathLike) -> None:
+    """Declare a checkpoint whole once more if files were written, changed or removed since."""
+    folder = Path(directory)
+    manifest = folder / MANIFEST_FILE_NAME
+    if not manifest.is_file():
+        return
+    known = {folder / name for name in json.loads(manifest.read_text())["files"]} | {manifest}
+    found = {path for path in folder.rglob("*") if path.is_file()}
+    if found != known or any(path.stat().st_mtime_ns > manifest.stat().st_mtime_ns for path in found):
+        write_manifest(folder)
+
+
 def remove_manifest(directory: str | os.PathLike) -> None:
     """Before a checkpoint is written once more into the same folder."""
     (Path(directory) / MANIFEST_FILE_NAME).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from .checkpoint_files import (
     is_checkpoint,
     read_resume_option,
     remove_manifest,
+    renew_manifest,
     write_manifest,
 )
 from .data_selector import DataSelector
@@ -53,6 +54,7 @@ class Checkpointing(SFTTrainer):
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
     _source_dataset: Dataset | IterableDataset
+    _saved_checkpoint: Path | None = None
     _begun_step: int | None = None
     _begun_at: RandomState
     _postponed_limit: int | None = None  # the user's `save_total_limit`, while a checkpoint is written
@@ -74,10 +76,20 @@ class Checkpointing(SFTTrainer):
                 super()._save_checkpoint(model, trial)
             if not self.args.push_to_hub:  # else before the push, see below
                 self._finish_checkpoint(checkpoint)
+        self._saved_checkpoint = checkpoint
         if self.args.should_save:
             rotate_checkpoints(
                 str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; what callbacks do to a checkpoint once it is saved is part of it."""
+        self._saved_checkpoint = None
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._saved_checkpoint is not None:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                renew_manifest(self._saved_checkpoint)
 
     @contextmanager
     def _rotation_postponed(self) -> Iterator[None]:

@@ -53,11 +53,13 @@ def _run_sft(options: list[str]) -> None:
     from .scripts import sft
 
     *_, from_config, from_options = parse_known_options(sft.make_parser(prog="trl-bilevel sft"), options)
-    launch_options = resolve_accelerate_config_argument(from_config + from_options)
+    launch_parser = launch_command_parser()
+    flags = {name for action in launch_parser._actions if action.nargs == 0 for name in action.option_strings}
+    launch_options = resolve_accelerate_config_argument(_with_bare_flags(from_config, flags) + from_options)
     script = resources.files("trl_bilevel.scripts").joinpath("sft.py")
     script_options = _without_subsequence(options, from_options)
     # Quiet: the script has said what went wrong; the launcher's own traceback adds nothing
-    launch = launch_command_parser().parse_args(["--quiet", *launch_options, str(script), *script_options])
+    launch = launch_parser.parse_args(["--quiet", *launch_options, str(script), *script_options])
     _set_launch_defaults(launch)
     with quiet_launcher():
         launch_command(launch)
@@ -137,6 +139,27 @@ def _with_config_apart(options: Sequence[str]) -> list[str]:
     name = "--config="
     words = (["--config", word.removeprefix(name)] if word.startswith(name) else [word] for word in options)
     return [word for pair in words for word in pair]
+
+
+def _with_bare_flags(options: list[str], flags: set[str]) -> list[str]:
+    """
+    Names and values of a YAML file, where flags that take no value are true or false, as they are typed.
+
+    Example:
+
+    ```python
+    >>> _with_bare_flags(["--tpu", "false", "--multi_gpu", "True", "--num_processes", "2"], {"--tpu", "--multi_gpu"})
+    ['--multi_gpu', '--num_processes', '2']
+
+    ```
+    """
+    words: list[str] = []
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        if name not in flags:
+            words += [name, value]
+        elif value.lower() == "true":
+            words.append(name)
+    return words
 
 
 def _without_subsequence(options: list[str], removed: list[str]) -> list[str]:

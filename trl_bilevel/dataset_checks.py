@@ -81,7 +81,8 @@ def check_datasets(training: Any, validation: Any, validation_loss_type: Validat
     if taken:
         raise ValueError(
             f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
-            f"`train_dataset.remove_columns({taken})`."
+            f"`train_dataset.remove_columns({taken})`, or name those to train on in a YAML file, "
+            "`datasets: [{path: ..., columns: [...]}]`."
         )
 
 
@@ -163,7 +164,8 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
         `TypeError`: for ids that are neither strings nor integers.
         `ValueError`: for a column that does not exist, or missing or repeated ids.
     """
-    if column is None and SAMPLE_ID_COLUMN in dataset.column_names:
+    is_default = column is None and SAMPLE_ID_COLUMN in dataset.column_names
+    if is_default:
         column = SAMPLE_ID_COLUMN
     elif column is not None and column != SAMPLE_ID_COLUMN and SAMPLE_ID_COLUMN in dataset.column_names:
         raise ValueError(
@@ -185,7 +187,8 @@ def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:
         repeated, times = Counter(ids.to_pylist()).most_common(1)[0]
         raise ValueError(
             f"Sample ids must be unique, but {len(ids) - len(ids.unique())} rows repeat an id in the column "
-            f"{column!r}, for example {repeated!r} ({times} times). Use another column, or none."
+            f"{column!r}, for example {repeated!r} ({times} times). "
+            f"{'Drop or rename that column' if is_default else 'Use another column, or none'}."
         )
     return ids
 

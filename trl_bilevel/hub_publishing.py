@@ -36,6 +36,7 @@ class HubPublishing(Checkpointing):
     args: BilevelSFTConfig
     _run_facts: dict[str, Any]
     _curated_repo_id: str | None  # once it was pushed
+    _is_pushing = False
 
     def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
         raise NotImplementedError
@@ -141,8 +142,12 @@ class HubPublishing(Checkpointing):
         Raises:
             [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
         """
-        with explained(self._repo_id, self._upload_command()):
-            return super().push_to_hub(*args, **kwargs)
+        self._is_pushing = True
+        try:
+            with explained(self._repo_id, self._upload_command()):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._is_pushing = False
 
     @property
     def _repo_id(self) -> str:
@@ -171,7 +176,7 @@ class HubPublishing(Checkpointing):
     @contextmanager
     def _published_base(self) -> Iterator[None]:
         """Have PEFT name a base model on disk by its folder only where the adapter's folder is pushed."""
-        if not (self.args.push_to_hub and is_peft_model(self.model)):
+        if not ((self.args.push_to_hub or self._is_pushing) and is_peft_model(self.model)):
             yield
             return
         base = self.model.get_base_model()

@@ -31,15 +31,20 @@ def check_row_formats(
         named["validation_dataset"] = validation
     first_rows = {name: next(iter(dataset)) for name, dataset in named.items()}
     for name, dataset in named.items():
-        read = _columns_read(name, first_rows[name], args.dataset_text_field)
+        read = columns_read(name, first_rows[name], args.dataset_text_field)
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
-            _refuse_gaps(name, dataset, read)
+            refuse_gaps(name, dataset, read)
     if "validation_dataset" in named:
         _refuse_other_tokens(first_rows, args)
 
 
-def _columns_read(name: str, row: dict[str, Any], text_field: str) -> list[str]:
-    """As TRL looks for them, in this order."""
+def columns_read(name: str, row: dict[str, Any], text_field: str) -> list[str]:
+    """
+    The columns that TRL makes text of, as it looks for them, in this order.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
     if "input_ids" in row:
         return ["input_ids"]
     if "prompt" in row:
@@ -62,7 +67,8 @@ def _columns_read(name: str, row: dict[str, Any], text_field: str) -> list[str]:
     )
 
 
-def _refuse_gaps(name: str, dataset: Dataset, columns: list[str]) -> None:
+def refuse_gaps(name: str, dataset: Dataset, columns: list[str]) -> None:
+    """Raise a `ValueError` that counts the rows with nothing in one of some columns."""
     for column in columns:
         is_missing = dataset.data.column(column).is_null()
         if dataset._indices is not None:

@@ -29,6 +29,7 @@ from .batch_layout import PaddedLayout, padded
 from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
 from .parquet_files import pieces_of_stream
+from .row_format_checks import columns_read, refuse_gaps
 from .run_settings import row_options
 from .value_function import ValueFunction
 from .whole_files import damage_explained, write_whole
@@ -168,7 +169,7 @@ def score_dataset(
         return Dataset.from_parquet([str(path) for path in score_to_files(scorer, dataset, output_dir, chunk_size)])
     if not isinstance(dataset, Dataset):
         raise ValueError("Streamed rows are written as they are scored: give `output_dir`.")
-    _check_dataset(dataset, chunk_size)
+    _check_dataset(scorer.trainer, dataset, chunk_size)
     scored = _score_chunks(scorer, dataset, chunk_size, is_scored=lambda chunk: False)
     return Dataset(pa.concat_tables([table for _, table in scored]))
 
@@ -187,10 +188,11 @@ def score_to_files(
         `list[pathlib.Path]`: Parquet files in the order of the rows.
 
     Raises:
-        `ValueError`: for a column that scoring adds itself, an empty dataset, rows that do not fit the columns of the
-            first chunk, or an `output_dir` that belongs to another model, dataset or chunk size.
+        `ValueError`: for a column that scoring adds itself, an empty dataset, one with rows without a text, rows of a
+            stream that do not fit the columns of its first chunk, or an `output_dir` that belongs to another model,
+            dataset or chunk size.
     """
-    _check_dataset(dataset, chunk_size)
+    _check_dataset(scorer.trainer, dataset, chunk_size)
     folder = Path(output_dir)
     _check_manifest(
         folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
@@ -212,7 +214,7 @@ def score_to_files(
     return [*digests]
 
 
-def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
+def _check_dataset(trainer: Any, dataset: Dataset | IterableDataset, chunk_size: int) -> None:
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     if not list(dataset.take(1)):
@@ -222,6 +224,8 @@ def _check_dataset(dataset: Dataset | IterableDataset, chunk_size: int) -> None:
         raise ValueError(
             f"The dataset already has the columns {taken}, which scoring adds. Drop or rename them first."
         )
+    if isinstance(dataset, Dataset) and trainer._formatting_func is None:  # now, and not when such a row is reached
+        refuse_gaps("dataset", dataset, columns_read("dataset", dataset[0], trainer.args.dataset_text_field))
 
 
 def _score_chunks(

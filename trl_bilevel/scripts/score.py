@@ -107,10 +107,12 @@ def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
     model, tokenizer = _load_model(args.run_dir, model_args, settings.model_revision)
     with tempfile.TemporaryDirectory() as scratch:
         # Prepares rows as the run did; it is never trained
+        options = SFTConfig(scratch, **settings.row_options, bf16=False, gradient_checkpointing=None, report_to="none")
+        options._n_gpu = min(1, options.n_gpu)  # one process, which has one GPU where there are several
         trainer = SFTTrainer(
             model,
-            SFTConfig(scratch, **settings.row_options, bf16=False, gradient_checkpointing=None, report_to="none"),
-            train_dataset=Dataset.from_list(first_rows),
+            options,
+            train_dataset=Dataset.from_list(first_rows, features=dataset.features),
             processing_class=tokenizer,
         )
         scorer = RowScorer(
@@ -126,19 +128,20 @@ def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
 
 def _load_model(run_dir: str, model_args: BaseModelArguments, run_revision: str | None) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import ModelConfig, get_quantization_config
+    from trl.trainer.utils import create_model_from_path
 
     quantized = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     options = {
-        "dtype": model_args.dtype,
+        "dtype": model_args.dtype or "auto",
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(
             ModelConfig(dtype=model_args.dtype, **{name: getattr(model_args, name) for name in quantized})
         ),
     }
     options = {name: value for name, value in options.items() if value is not None}
-    options["trust_remote_code"] = model_args.trust_remote_code
+    options |= {"trust_remote_code": model_args.trust_remote_code, "device_map": None}  # the trainer moves it
     tokenizer = AutoTokenizer.from_pretrained(run_dir, trust_remote_code=model_args.trust_remote_code)
     if not (Path(run_dir) / "adapter_config.json").is_file():
         for name in ("model_name_or_path", "model_revision"):
@@ -147,14 +150,14 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, run_revision: str 
                     f"`--{name} {getattr(model_args, name)}` has no effect: {run_dir} holds a whole model and no "
                     "adapter. Leave it out."
                 )
-        return AutoModelForCausalLM.from_pretrained(run_dir, **options), tokenizer
+        return create_model_from_path(run_dir, **options), tokenizer  # of the class that the run had
     adapter = PeftConfig.from_pretrained(run_dir)
     name = model_args.model_name_or_path or adapter.base_model_name_or_path
     if model_args.model_revision is not None:
         options["revision"] = model_args.model_revision
     elif name == adapter.base_model_name_or_path and (revision := adapter.revision or run_revision) is not None:
         options["revision"] = revision
-    base = AutoModelForCausalLM.from_pretrained(name, **options)
+    base = create_model_from_path(name, **options)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))  # as the run had it
     return PeftModel.from_pretrained(base, run_dir), tokenizer
