@@ -129,14 +129,26 @@ def test_sft_goes_on_from_its_last_checkpoint(files, tmp_path, capsys):
 
 def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
-    flags = "num_processes: 1\nmulti_gpu: false\n"  # of the launcher
-    config.write_text(f"{flags}datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
+    config.write_text(f"datasets:\n  - path: json\n    data_files: {files / 'mixture.jsonl'}\n")
     options = _training_options(files, tmp_path / "out")
     del options[options.index("--dataset_name") : options.index("--dataset_name") + 2]
     # All but the other process: the launcher has to tell the options of `datasets` from its own
     monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda launch: _sft(*launch.training_script_args))
     assert main(["sft", "--config", str(config), *options]) == 0
     assert len(load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path))) == 24
+
+
+def test_flags_of_the_launcher_in_a_file(tmp_path, monkeypatch):
+    """They take no value on the command line, and are true or false in YAML."""
+    config = tmp_path / "run.yaml"
+    config.write_text("num_processes: 2\nmulti_gpu: true\ndebug: false\nmax_steps: 3\n")
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert main(["sft", "--config", str(config), "--seed", "3"]) == 0
+    (launch,) = launched
+    assert (launch.num_processes, launch.multi_gpu, launch.debug) == (2, True, False)
+    assert Path(launch.training_script).name == "sft.py"
+    assert launch.training_script_args == ["--config", str(config), "--seed", "3"]
 
 
 def test_mixture_without_rows_for_the_evaluation(files, tmp_path):

@@ -529,7 +529,7 @@ def test_other_seeds_of_the_sampler(run):
 
 def test_what_is_passed_on_changes_nothing(run):
     options = {name: proof.value for name, proof in _options(Passed).items()}
-    config = BilevelSFTConfig("somewhere", **options)
+    config = BilevelSFTConfig("somewhere", use_cpu=True, bf16=False, **options)
     assert {name: getattr(config, name) for name in options} == options
     with_options, without = run(BilevelSFTTrainer, options), run(BilevelSFTTrainer, {})
     torch.testing.assert_close(with_options.parameters, without.parameters, rtol=0, atol=0)

@@ -33,6 +33,14 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_FILE = 500_000
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` for what cannot be a repository's name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id={repo_id!r}` cannot be a repository's name: {error}") from error
+
+
 def publish_curated_dataset(
     scored: Dataset,
     facts: dict[str, Any],
@@ -80,10 +88,7 @@ def publish_curated_dataset(
         [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
     """
     num_kept = count_kept(len(scored), keep_ratio)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"`repo_id={repo_id!r}` cannot be a repository's name: {error}") from error
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     with explained(repo_id, retry_command):
         repo_id = retried(

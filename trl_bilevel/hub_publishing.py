@@ -15,7 +15,7 @@ from .bilevel_sft_config import BilevelSFTConfig
 from .checkpointing import Checkpointing
 from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
 from .dataset_sources import is_hub_id, source_ids
-from .hub import add_to_collection, publish_curated_dataset
+from .hub import add_to_collection, check_repo_id, publish_curated_dataset
 from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
@@ -34,6 +34,7 @@ class HubPublishing(Checkpointing):
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": PAPER_CITATION}
 
     args: BilevelSFTConfig
+    _is_streamed: bool
     _run_facts: dict[str, Any]
     _curated_repo_id: str | None  # once it was pushed
     _is_pushing = False
@@ -82,52 +83,43 @@ class HubPublishing(Checkpointing):
         """
         if not self.is_world_process_zero():
             return None
-        output_dir = self.args.output_dir
-        has_trained = self.state.global_step > 0
-        if isinstance(self.train_dataset, Dataset) and not (has_trained or self.data_selector.scored.any()):
+        check_repo_id(repo_id)
+        token = token or self.args.hub_token
+        options: dict[str, Any] = {
+            "keep_ratio": keep_ratio,
+            "private": private,
+            "revision": revision,
+            "commit_message": commit_message,
+            "license": license,
+            "language": language,
+            "sensitive": sensitive,
+        }
+        command = push_command(self.args.output_dir, repo_id, **options)
+        is_stream, has_trained = self._is_streamed, self.state.global_step > 0
+        if not (is_stream or has_trained or self.data_selector.scored.any()):
             raise ValueError(
                 "No row of this trainer has a score, so there is nothing to publish. Train first. A run that is on "
-                f"disk is published by `{push_command(output_dir, repo_id, keep_ratio=keep_ratio)}`."
-            )
-        retry_command = None
-        if has_trained and self.args.save_training_rows and isinstance(self.train_dataset, Dataset):
-            retry_command = push_command(
-                output_dir,
-                repo_id,
-                keep_ratio=keep_ratio,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                license=license,
-                language=language,
-                sensitive=sensitive,
+                f"disk is published by `{command}`."
             )
         if has_trained:  # the records of a run whose selector was read from there are left as they are
-            self._save_records(output_dir)  # whatever fails from here on, `trl-bilevel push` can do it again
+            self._save_records(self.args.output_dir)  # whatever fails from here on, the command can do it again
+        can_retry = has_trained and self.args.save_training_rows and not is_stream
         with as_rows(self.curate()) as scored:
             commit = publish_curated_dataset(
                 scored,
                 self._run_facts,
                 repo_id,
-                keep_ratio=keep_ratio,
-                private=private,
-                token=token or self.args.hub_token,
-                revision=revision,
-                commit_message=commit_message,
-                license=license,
-                language=language,
-                sensitive=sensitive,
-                retry_command=retry_command,
+                token=token,
+                retry_command=command if can_retry else None,
                 selector=selector_table(self.data_selector),
+                **options,
             )
         self._curated_repo_id = commit.repo_url.repo_id
         if collection is not None:
             repos = {self._curated_repo_id: "dataset"}
             if self.hub_model_id is not None:
                 repos[self.hub_model_id] = "model"
-            add_to_collection(
-                collection, repos, self._curated_repo_id.split("/")[0], token or self.args.hub_token, private
-            )
+            add_to_collection(collection, repos, self._curated_repo_id.split("/")[0], token, private)
         return commit
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ from .refine_prompts import Question, QuestionReader
 from .refined_responses import RESPONSE_SCHEMA, RefreshPlan, ResponseStore
 from .refinement_config import RefinementConfig
 from .refinement_settings import refinement_settings
-from .response_checks import FLAWS, RewardFunc, find_flaws, sum_rewards
+from .response_checks import FLAWS, Flaw, RewardFunc, find_flaws, sum_rewards
 from .response_generation import ResponseGenerator, VLLMGenerator
 
 
@@ -316,42 +316,45 @@ class Refiner:
                     f"The data collator kept {len(values)} of the {len(tokens)} tokens of a refined response. "
                     "Importance ratios need all of them: shorten sequences with `max_length`, not in the collator."
                 )
+        verdicts = self._judge(asked, completions, texts, log_probs)
+        records = [
+            {
+                "row": question.row,
+                "step": step,
+                "response": number % group_size,
+                "used": used,
+                "flaw": flaw,
+                "text": texts[number],
+                "prompt_ids": question.prompt_ids,
+                "completion_ids": completions[number],
+                "log_probs": log_probs[number],
+                "weight": weights.get(question.row),
+                "settings": settings,
+            }
+            for number, (question, (used, flaw)) in enumerate(zip(asked, verdicts, strict=True))
+        ]
+        return pa.Table.from_pylist(records, schema=RESPONSE_SCHEMA)
+
+    def _judge(
+        self, asked: list[Question], completions: list[list[int]], texts: list[str], log_probs: list[list[float]]
+    ) -> list[tuple[bool, Flaw | None]]:
+        """Of each response whether it is used, and what is wrong with it."""
         rewards: list[float | None] = [None] * len(asked)
         if self.reward_funcs and asked:
             rewards = sum_rewards(self.reward_funcs, asked, texts, completions)
-        records = []
-        for start in range(0, len(asked), group_size):
-            group = slice(start, start + group_size)
+        flaws: list[Flaw | None] = []
+        for start in range(0, len(asked), self.config.num_refined_responses):
+            group = slice(start, start + self.config.num_refined_responses)
             finished = [tokens[-1] in self.stop_ids for tokens in completions[group]]
-            flaws = find_flaws(
-                texts[group],
-                completions[group],
-                log_probs[group],
-                finished,
-                asked[start].original,
-                self.config.refine_min_probability,
-            )
-            for number, flaw in enumerate(flaws):
-                reward = rewards[start + number]
-                rejected = reward is not None and not reward > self.config.refine_reward_threshold
-                fit = flaw is None or (flaw != "nonfinite" and not self.config.refine_discard_flawed)
-                records.append(
-                    {
-                        "row": asked[start].row,
-                        "step": step,
-                        "response": number,
-                        "used": fit and not rejected,
-                        # What is turned down, be it the original again, speaks for nothing
-                        "flaw": "rejected" if rejected and flaw in (None, "identical") else flaw,
-                        "text": texts[start + number],
-                        "prompt_ids": asked[start].prompt_ids,
-                        "completion_ids": completions[start + number],
-                        "log_probs": log_probs[start + number],
-                        "weight": weights.get(asked[start].row),
-                        "settings": settings,
-                    }
-                )
-        return pa.Table.from_pylist(records, schema=RESPONSE_SCHEMA)
+            original, least = asked[start].original, self.config.refine_min_probability
+            flaws += find_flaws(texts[group], completions[group], log_probs[group], finished, original, least)
+        verdicts: list[tuple[bool, Flaw | None]] = []
+        for flaw, reward in zip(flaws, rewards, strict=True):
+            rejected = reward is not None and not reward > self.config.refine_reward_threshold
+            fit = flaw is None or (flaw != "nonfinite" and not self.config.refine_discard_flawed)
+            # What is turned down, be it the original again, speaks for nothing
+            verdicts.append((fit and not rejected, "rejected" if rejected and flaw in (None, "identical") else flaw))
+        return verdicts
 
 
 def _warn_about_useless(responses: pa.Table, step: int) -> None:
