@@ -141,12 +141,12 @@ def test_sft_trains_on_a_mixture_of_datasets(files, tmp_path, monkeypatch):
 def test_flags_of_the_launcher_in_a_file(tmp_path, monkeypatch):
     """They take no value on the command line, and are true or false in YAML."""
     config = tmp_path / "run.yaml"
-    config.write_text("num_processes: 2\nmulti_gpu: true\ndebug: false\nmax_steps: 3\n")
+    config.write_text("num_processes: 2\nmulti_gpu: true\ndebug: false\nmax_steps: 3\nuse_cpu: true\n")
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     assert main(["sft", "--config", str(config), "--seed", "3"]) == 0
     (launch,) = launched
-    assert (launch.num_processes, launch.multi_gpu, launch.debug) == (2, True, False)
+    assert (launch.num_processes, launch.multi_gpu, bool(launch.debug)) == (2, True, False)
     assert Path(launch.training_script).name == "sft.py"
     assert launch.training_script_args == ["--config", str(config), "--seed", "3"]
 
