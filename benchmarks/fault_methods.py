@@ -64,12 +64,14 @@ PUBLIC_CODES_OPTIONS: dict[str, Any] = {
 }
 # Their step, 0.005, is for runs of many thousand steps
 LARGER_STEPS = {"dense Adam, step 0.02": 0.02, "dense Adam, step 0.1": 0.1}
+# What the trusted rows in each batch do alone
+EQUAL_WEIGHTS_OPTIONS: dict[str, Any] = {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0}
 # Options of the bilevel trainer
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     **{name: {**PUBLIC_CODES_OPTIONS, "selector_learning_rate": step} for name, step in LARGER_STEPS.items()},
     "BDS, dense Adam, lambda 0.9": {"selector_optimizer": "adam"},
-    EQUAL_WEIGHTS: {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0},
+    EQUAL_WEIGHTS: EQUAL_WEIGHTS_OPTIONS,
     BMO: {"selection_method": "bmo"},
     NO_VALUE_FUNCTION: BY_THE_LOSS,
     FIRST_ROUND: {},

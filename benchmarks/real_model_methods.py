@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from fault_methods import EQUAL_WEIGHTS_OPTIONS
 from judge import generate_replies, without_thoughts
 from method_names import (
     BMO,
@@ -49,8 +50,7 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     MIXED: lambda problem: concatenate_datasets([problem.training.remove_columns("harmful"), problem.trusted]),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    # What the trusted rows in each batch do alone
-    EQUAL_WEIGHTS: {"value_function": "none", "adaptive_validation_weight": False, "selector_learning_rate": 0.0},
+    EQUAL_WEIGHTS: EQUAL_WEIGHTS_OPTIONS,
     BMO: {"selection_method": "bmo"},
     NO_VALUE_FUNCTION: {"value_function": "none"},
     FIRST_ROUND: {},

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from alternatives import ALTERNATIVES, Context, best_rows, tokenized
 from datasets import Dataset, concatenate_datasets
-from fault_methods import PUBLIC_CODES_OPTIONS
+from fault_methods import EQUAL_WEIGHTS_OPTIONS, PUBLIC_CODES_OPTIONS
 from method_names import EQUAL_WEIGHTS, FIRST_ROUND, MIXED, ORACLE, PUBLIC_CODES, SECOND_ROUND, SFT, TRUSTED
 from peft import LoraConfig
 from real_text_rows import COMPLIANCE, REFUSAL, Problem, train_tokenizer
@@ -149,8 +149,7 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
     ORACLE: lambda problem: problem.training.select(np.flatnonzero(problem.good)),
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    # What the trusted rows in each batch do alone
-    EQUAL_WEIGHTS: {"value_function": "none", "adaptive_validation_weight": False, "selector_learning_rate": 0.0},
+    EQUAL_WEIGHTS: EQUAL_WEIGHTS_OPTIONS,
     PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     "BMO": {"selection_method": "bmo"},
     "BDS, no value function": {"value_function": "none"},

@@ -2,12 +2,12 @@
 
 import copy
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -178,11 +178,12 @@ def test_sequences_of_several_rows_are_refused(make_sft):
 
 def test_tokenizer_is_that_of_a_processor(make_sft):
     trainer = make_sft(max_steps=1)
-    tokenizer = trainer.processing_class
+    tokenizer, processor = trainer.processing_class, object.__new__(ProcessorMixin)
+    processor.tokenizer = tokenizer
     callback = next(found for found in trainer.callback_handler.callbacks if isinstance(found, SelfRefiningCallback))
     callback.on_train_begin(
         trainer.args, trainer.state, trainer.control, model=trainer.model,
-        processing_class=SimpleNamespace(tokenizer=tokenizer), train_dataloader=trainer.get_train_dataloader(),
+        processing_class=processor, train_dataloader=trainer.get_train_dataloader(),
     )  # fmt: skip
     assert tokenizer.eos_token_id in callback._refiner.stop_ids
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProcessorMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
@@ -111,9 +111,10 @@ class SelfRefiningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, tokenizer = kwargs["model"], kwargs["processing_class"]
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if isinstance(tokenizer, ProcessorMixin):
+            tokenizer = tokenizer.tokenizer
         dataset = kwargs["train_dataloader"].dataset
-        if getattr(args, "packing", False):
+        if isinstance(args, SFTConfig) and args.packing:
             raise ValueError(
                 "Self-refining generation in a plain trainer needs a sequence per row. Set `packing=False`, or use "
                 "BilevelSFTTrainer, which packs rows that it knows apart."
