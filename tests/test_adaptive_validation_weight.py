@@ -219,7 +219,7 @@ def test_stream_trains_with_it(make_adaptive_trainer, train_dataset):
         {"peft_config": None},
         {"value_function": "none"},
         {"selector_activation": "softmax"},
-        {"selector_optimizer": "adam"},
+        {"selector_optimizer": "adam", "value_function": "adapter"},
     ],
     ids=lambda options: next(iter(options)),
 )

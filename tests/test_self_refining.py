@@ -356,6 +356,16 @@ def test_collapse_is_warned_of(make_trainer, caplog):
     assert "answers all 12 refined questions alike, by ' same'" in caplog.text
 
 
+@pytest.mark.parametrize(("reward", "flaw"), [(-1.0, "rejected"), (1.0, "identical")])
+def test_original_that_is_turned_down_speaks_for_nothing(make_trainer, reward, flaw):
+    """Else a row would go back to it."""
+    options = {**REFINE, "num_refined_responses": 1, "refine_discard_flawed": True}
+    trainer = make_trainer(**options, reward_funcs=lambda completions, **kwargs: [reward] * len(completions))
+    question = trainer.refiner.reader.read(0)
+    tokens = [*trainer.processing_class(question.original)["input_ids"], trainer.processing_class.eos_token_id]
+    assert trainer.refiner._judge([question], [tokens], [question.original], [[-0.1] * len(tokens)]) == [(False, flaw)]
+
+
 def test_reward_functions_accept_and_reject(make_trainer):
     def even_rows(prompts, completions, **kwargs):
         assert all(isinstance(completion, str) for completion in completions)
