@@ -7,8 +7,9 @@ that are complied with.
 - `safety`: refusals and ordinary answers trusted, a mixture with answers that comply. The file of safety instructions
   holds safe answers only: those that comply are planted, a template with steps that say nothing.
 - `tasks`: GSM8K among other tasks again, from a base model with LoRA as in `safety`.
+- `answers`: GSM8K rows, some with another question's answer, from a base model with LoRA.
 
-The last two compare all methods at equal steps, the tools of `alternatives.py` among them; those that are not
+The last three compare all methods at equal steps, the tools of `alternatives.py` among them; those that are not
 installed are left out. Results are written per method: run it again to go on. With `--results` they are kept in one
 file as well, and with `--page` the tables of a page of the docs are written anew.
 Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question`, `answer`), `alpaca_en_1k.json` and
@@ -16,8 +17,8 @@ Expects a folder with `gsm8k_train.jsonl`, `gsm8k_test.jsonl` (columns `question
 
 ```bash
 python benchmarks/real_text.py --data_dir ../shared/data
-python benchmarks/real_text.py --data_dir ../shared/data --settings safety tasks
-python benchmarks/real_text.py --settings safety tasks --train false --results docs/data/real_text.json \
+python benchmarks/real_text.py --data_dir ../shared/data --settings safety tasks answers
+python benchmarks/real_text.py --settings safety tasks answers --train false --results docs/data/real_text.json \
     --page docs/real_text.md
 ```
 """
@@ -49,20 +50,20 @@ class BenchmarkArguments:
 
     Args:
         data_dir (`str`): folder with the four files.
-        settings (`list[str]`): `weights`, `safety`, `tasks`.
+        settings (`list[str]`): `weights`, `safety`, `tasks`, `answers`.
         seeds (`list[int]`): seeds of the model, of what is planted and of the training.
         num_gsm8k_rows (`int`): `weights`: rows of GSM8K's training set, the first ones.
         num_trusted_rows (`int`): `weights`: rows of GSM8K's test set that are trusted.
         corrupted_ratio (`float`): `weights`: share of GSM8K rows that get another question's answer in the second run.
         max_length (`int`): `weights`: tokens of a row.
         num_train_epochs (`int`): `weights`: epochs.
-        comparison_max_length (`int`): `safety` and `tasks`: tokens of a row.
-        comparison_epochs (`int`): `safety` and `tasks`: epochs over the training rows.
-        output_dir (`str`): folder for the results of `safety` and `tasks`.
-        train (`bool`): run what is missing of these two; otherwise only print the tables, which needs no data.
+        comparison_max_length (`int`): all but `weights`: tokens of a row.
+        comparison_epochs (`int`): all but `weights`: epochs over the training rows.
+        output_dir (`str`): folder for their results.
+        train (`bool`): run what is missing of these; otherwise only print the tables, which needs no data.
         results (`str`, *optional*): JSON file that their results are also kept in: those that `output_dir` lacks are
             taken from it, new ones are added at the end.
-        page (`str`, *optional*): Markdown file whose tables `safety` and `tasks` are written anew.
+        page (`str`, *optional*): Markdown file whose tables of `settings` are written anew.
     """
 
     data_dir: str = "../shared/data"
@@ -90,7 +91,7 @@ class BenchmarkArguments:
         return Path(self.output_dir) / f"{setting}, {sizes}" / f"seed{seed}"
 
 
-_RESULT_NAMES = re.compile(r"(safety|tasks), \d+ epochs of \d+ tokens/seed\d+/[^/]+\.json")
+_RESULT_NAMES = re.compile(rf"({'|'.join(PROBLEMS)}), \d+ epochs of \d+ tokens/seed\d+/[^/]+\.json")
 COLUMNS = {
     "auroc": "AUROC of the row ranking",
     "kept_good": "good rows among those kept",

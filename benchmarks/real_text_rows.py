@@ -167,4 +167,20 @@ def tasks_problem(rows: dict[str, Dataset], seed: int) -> Problem:
     )
 
 
-PROBLEMS = {"safety": safety_problem, "tasks": tasks_problem}
+def answers_problem(rows: dict[str, Dataset], seed: int) -> Problem:
+    """GSM8K, 40 % of the answers being those of another row; right ones are trusted. The base model knows all tasks."""
+    rows = {name: _short(of_name) for name, of_name in rows.items()}
+    task, known_task = _parts(rows["gsm8k_train"], [1200, 600], seed)
+    (known_alpaca,), (known_safety,) = (_parts(rows[name], [600], seed) for name in ("alpaca", "safety"))
+    trusted, held_out = _parts(rows["gsm8k_test"], [150, 150], seed)
+    training, corrupted = swap_answers(task, 0.4, seed)
+    return Problem(
+        general=concatenate_datasets([known_task, known_alpaca, known_safety]),
+        training=training,
+        good=~corrupted,
+        trusted=trusted,
+        held_out={"task": held_out},
+    )
+
+
+PROBLEMS = {"safety": safety_problem, "tasks": tasks_problem, "answers": answers_problem}

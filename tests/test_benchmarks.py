@@ -255,6 +255,22 @@ def test_real_text_trusts_one_of_its_tasks(real_text, tmp_path):
     assert not parts[0] & parts[1]
 
 
+def test_real_text_swaps_answers_of_training_rows_only(real_text, tmp_path):
+    rows_module = importlib.import_module("real_text_rows")
+    problem = rows_module.answers_problem(rows_module.load_rows(tmp_path), seed=0)
+    right = {f"gsm8k_{kind}.jsonl {n} + {n}?\n": f"#### {2 * n}" for kind in ("train", "test") for n in range(40)}
+    is_right = [right[row["prompt"]] == row["completion"] for row in problem.training]
+    assert problem.good.tolist() == is_right
+    assert 0.5 < np.mean(is_right) < 0.7
+    known = [row for row in problem.general if row["prompt"] in right]
+    for row in [*known, *problem.trusted, *problem.held_out["task"]]:
+        assert right[row["prompt"]] == row["completion"]
+    parts = [problem.general, problem.training, problem.trusted, *problem.held_out.values()]
+    prompts = [row["prompt"] for part in parts for row in part if row["prompt"] in right]
+    assert known
+    assert len(set(prompts)) == len(prompts)
+
+
 def test_swapped_answers_are_wrong_and_the_others_are_kept(real_text):
     benchmark = real_text
     rows = Dataset.from_dict({"prompt": [f"q{n}" for n in range(10)], "completion": [f"a{n}" for n in range(10)]})
