@@ -168,7 +168,7 @@ def tasks_problem(rows: dict[str, Dataset], seed: int) -> Problem:
 
 
 def answers_problem(rows: dict[str, Dataset], seed: int) -> Problem:
-    """GSM8K, 40 % of the answers being those of another row; right ones are trusted. The base model knows all tasks."""
+    """GSM8K, 40 % of the answers those of another row; right ones are trusted. The base model knows all tasks."""
     rows = {name: _short(of_name) for name, of_name in rows.items()}
     task, known_task = _parts(rows["gsm8k_train"], [1200, 600], seed)
     (known_alpaca,), (known_safety,) = (_parts(rows[name], [600], seed) for name in ("alpaca", "safety"))
