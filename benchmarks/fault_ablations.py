@@ -48,6 +48,10 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "loss: step 3": {**BY_THE_LOSS, "selector_learning_rate": 3.0},
     "loss: half of each batch filtered": {**BY_THE_LOSS, "filter_ratio": 0.5},
     "loss: sigmoid weights": {**BY_THE_LOSS, "selector_activation": "sigmoid"},
+    "loss: dense Adam, step 0.02": {"selector_optimizer": "adam", "selector_learning_rate": 0.02},
+    "loss: dense Adam, step 0.1": {"selector_optimizer": "adam", "selector_learning_rate": 0.1},
+    "loss: dense Adam, step 0.3": {"selector_optimizer": "adam", "selector_learning_rate": 0.3},
+    "BMO, temperature 0.1": {"selection_method": "bmo", "bmo_temperature": 0.1},
     BMO_SHARP: {"selection_method": "bmo", "bmo_temperature": 0.3},
     "refined: 10 %": {**_REFINED, "refine_ratio": 0.1},
     "refined: 60 %": {**_REFINED, "refine_ratio": 0.6},
@@ -81,6 +85,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "selector_optimizer, without value function": {
         "mirror_descent": NO_VALUE_FUNCTION,
         "adam": "BDS, dense Adam, lambda 0.9",
+        "adam, step 0.02": "loss: dense Adam, step 0.02",
+        "adam, step 0.1": "loss: dense Adam, step 0.1",
+        "adam, step 0.3": "loss: dense Adam, step 0.3",
         "(BMO)": BMO,
     },
     "selector_activation": {"sigmoid": CONSTANT_LAMBDA, "softmax": "softmax weights, step 1"},
@@ -126,7 +133,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
         "sigmoid": "loss: sigmoid weights",
     },
     "filter_ratio, without value function": {"0": NO_VALUE_FUNCTION, "0.5": "loss: half of each batch filtered"},
-    "bmo_temperature": {"0.3": BMO_SHARP, "1": BMO},
+    "bmo_temperature": {"0.1": "BMO, temperature 0.1", "0.3": BMO_SHARP, "1": BMO},
 }
 ABLATION_METHODS = tuple(dict.fromkeys(method for points in ABLATIONS.values() for method in points.values()))
 

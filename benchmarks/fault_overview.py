@@ -289,7 +289,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "untold difference": lambda results: difference_table(results, UNTOLD_PAIRS, "exact_match"),
     **{
         f"all {measure}, {name}": lambda results, key=measure, some=problems: all_methods_table(results, key, some)
-        for measure in MEASURES
+        for measure in (*MEASURES, "kept_good")
         for name, problems in (("shares", SHARES), ("other problems", OTHER_PROBLEMS))
     },
     "refusals": refusal_table,

@@ -8,7 +8,7 @@ from pathlib import Path
 from alternatives import ALTERNATIVES
 from fault_settings import FAULT_RATIO, VALIDATION_SIZE, SeedFiles, Setting
 from matplotlib.figure import Figure
-from method_names import ORACLE, SFT
+from method_names import ORACLE, ROUNDS, SFT
 from result_tables import spread
 from rich.console import Console
 from rich.table import Table
@@ -146,12 +146,17 @@ def print_sweep(console: Console, sweep: Sweep, methods: list[str], family: str,
 
 
 def plot_sweep(sweep: Sweep, methods: list[str], family: str, axis: str, path: Path) -> None:
-    """One panel per measure, one line per method: mean, and the range over the seeds as bars."""
+    """
+    One panel per measure, one line per method: mean, and the range over the seeds as bars. A second round's ranking is
+    that of its last model, not the one that it was made from as the others' are, and is not drawn.
+    """
     measured = {key for results in sweep.values() for of in results.values() for r in of.values() for key in r}
     drawn = [key for key in SWEEP_MEASURES if key in measured]
     figure = Figure(figsize=(5.5 * len(drawn), 5.5), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for index, method in enumerate(methods):
+            if key == "auroc" and method in ROUNDS:
+                continue
             points = {
                 at: values
                 for at, results in sweep.items()

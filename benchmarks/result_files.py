@@ -8,7 +8,8 @@ from pathlib import Path
 
 def collect(folder: Path, file: Path, names: re.Pattern[str]) -> int:
     """
-    Add the results in an output folder to a file; results that the file has already become as the folder has them.
+    Add the results in an output folder to a file. Those that the file has stay as they are: what a method builds on is
+    run again where only its ranking is missing, and published numbers do not change by that.
 
     Args:
         folder (`pathlib.Path`): output folder of the benchmark, with a JSON file of measures per run.
@@ -22,7 +23,8 @@ def collect(folder: Path, file: Path, names: re.Pattern[str]) -> int:
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         if names.fullmatch(name):
-            results[name] = {key: round(value, 6) for key, value in json.loads(path.read_text()).items()}
+            measures = json.loads(path.read_text())
+            results.setdefault(name, {key: round(value, 6) for key, value in measures.items()})
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +232,18 @@ def test_results_page_shows_the_published_results(overview):
             shown = f"{np.mean(of_seeds):.3f} ({min(of_seeds):.3f} to {max(of_seeds):.3f})"
             assert rows[label][index] == shown, label
     assert num_compared > 12
+
+
+def test_collected_results_stay_as_they_were_published(overview, tmp_path):
+    result_files = importlib.import_module("result_files")
+    file, names = tmp_path / "results.json", re.compile(r"seed\d+/\w+\.json")
+    folder = tmp_path / "out" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "first.json").write_text('{"auroc": 0.12345678}')
+    assert result_files.collect(folder.parent, file, names) == 1
+    # What the second builds on is run again, and comes out otherwise on another machine
+    (folder / "first.json").write_text('{"auroc": 0.2}')
+    (folder / "second.json").write_text('{"auroc": 0.3}')
+    (folder / "trainer_state.txt").write_text("")
+    assert result_files.collect(folder.parent, file, names) == 2
+    assert json.loads(file.read_text()) == {"seed0/first.json": {"auroc": 0.123457}, "seed0/second.json": {"auroc": 0.3}}
