@@ -246,4 +246,7 @@ def test_collected_results_stay_as_they_were_published(overview, tmp_path):
     (folder / "second.json").write_text('{"auroc": 0.3}')
     (folder / "trainer_state.txt").write_text("")
     assert result_files.collect(folder.parent, file, names) == 2
-    assert json.loads(file.read_text()) == {"seed0/first.json": {"auroc": 0.123457}, "seed0/second.json": {"auroc": 0.3}}
+    assert json.loads(file.read_text()) == {
+        "seed0/first.json": {"auroc": 0.123457},
+        "seed0/second.json": {"auroc": 0.3},
+    }
