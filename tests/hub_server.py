@@ -54,8 +54,10 @@ class Fault:
     times: int
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
-    is_done: bool = False
     """Close the connection after reading so many bytes of the body."""
+    is_done: bool = False
+    page: bytes | None = None
+    """What is answered instead of JSON."""
 
 
 class HubServer:
@@ -86,10 +88,11 @@ class HubServer:
         times: int = 1,
         cut_after: int | None = None,
         is_done: bool = False,
+        page: bytes | None = None,
         **headers: str,
     ) -> None:
         """Answer the next requests to a path by an error, after all is done or before, or cut their connection."""
-        self.faults.append(Fault(method, part_of_path, status, times, headers, cut_after, is_done))
+        self.faults.append(Fault(method, part_of_path, status, times, headers, cut_after, is_done, page))
 
     def repo(self, repo_type: str, repo_id: str) -> Repo:
         return self.repos[repo_type, repo_id]
@@ -159,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._dispatch()
                 del self._send
         if fault is not None:
-            self._send(fault.status, {"error": f"injected {fault.status}"}, fault.headers)
+            self._send(fault.status, fault.page or {"error": f"injected {fault.status}"}, fault.headers)
             return
         try:
             with self.hub.lock:
@@ -295,6 +298,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[0] == "branch":
             repo = self._find(repo_type, repo_id, write=True)
             branch = "/".join(rest[1:])
+            if branch.startswith("refs/"):
+                raise _HTTPError(400, f"Invalid branch name: {branch}")
             if branch in repo.branches:
                 raise _HTTPError(409, "Reference already exists")
             repo.branches[branch] = self._revision(repo, self._json().get("startingPoint") or "main").sha

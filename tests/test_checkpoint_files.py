@@ -84,7 +84,7 @@ def test_interrupted_checkpoints_are_passed_over(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_no_part_of_a_checkpoint(tmp_path):
     checkpoint = _checkpoint(tmp_path, 1, is_whole=False)
-    leftovers = [checkpoint / "data_selector.safetensors.0a.partial", checkpoint / "checkpoint-is-incomplete.txt"]
+    leftovers = [checkpoint / "_data_selector.safetensors.0a.partial", checkpoint / "checkpoint-is-incomplete.txt"]
     for path in leftovers:
         path.write_text("half")
     write_manifest(checkpoint)

@@ -100,7 +100,7 @@ def test_sft_trains_curates_and_saves(files, tmp_path, run_example):
     assert "accelerate" not in result.stderr  # which warns of every default it takes
     assert "validation_loss" in result.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "out" / "data_selector.safetensors").is_file()
+    assert (tmp_path / "out" / "_data_selector.safetensors").is_file()
     curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(curated) == 12
     assert curated.column_names[:2] == ["prompt", "completion"]
@@ -215,6 +215,16 @@ def test_run_is_pushed_and_cut_from_disk(files, tmp_path, hub, run_example):
     del options[options.index("--validation_dataset_name") : options.index("--validation_dataset_name") + 2]
     run_example("train_on_curated.py", *options, "--keep_ratio", "0.5")
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["curated", "data_selector.parquet"])
+def test_results_of_an_earlier_run_are_not_pushed_with_the_model(files, tmp_path, hub, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
+    options = [*_training_options(files, tmp_path / "out"), "--push_to_hub", "--hub_model_id", "me/model"]
+    with pytest.raises(ValueError, match=rf"{name} is of an earlier run and would be pushed with the model\. Move it"):
+        _sft(*options)
+    assert hub.requests == []
 
 
 def test_curated_rows_are_written_when_the_hub_takes_no_model(files, tmp_path, hub):

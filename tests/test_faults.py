@@ -57,8 +57,8 @@ def test_damaged_files_are_named_and_an_earlier_checkpoint_serves(make_trainer, 
     unbroken = make_trainer(**options)
     unbroken.train()
     checkpoint = Path(unbroken.args.output_dir) / "checkpoint-4"
-    names = [VALUE_FUNCTION_FILE_NAME, OPTIMIZER_FILE_NAME, "data_selector.safetensors", "_row_scores.pq", "_run.json",
-             "amortized_selector.safetensors", "bilevel_sft.json", "adapter_model.safetensors",
+    names = [VALUE_FUNCTION_FILE_NAME, OPTIMIZER_FILE_NAME, "_data_selector.safetensors", "_row_scores.pq",
+             "_run.json", "amortized_selector.safetensors", "bilevel_sft.json", "adapter_model.safetensors",
              "optimizer.pt"]  # fmt: skip
     resumed = make_trainer(**options)
     for name in names:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from trl_bilevel.parquet_files import write_parquet
+from trl_bilevel.scripts import sft
 
 
 TEXTS = [
@@ -46,6 +47,11 @@ def test_nothing_of_it_is_lost_or_obeyed(make_trainer, hostile_rows, hub, tmp_pa
     assert again.to_dict() == curated.to_dict()
     assert {found.name for found in tmp_path.iterdir()} - before <= {"run", "curated.parquet", "cache"}
     assert set(trainer.source_weights()) == {text[:40] for text in TEXTS}
+    capsys.readouterr()
+    sft._save_curated(trainer, None)
+    printed = capsys.readouterr().out
+    assert "[red]x[/]" in printed  # the sources
+    assert "\x1b[31m" not in printed
 
     trainer.push_curated_dataset("me/rows", keep_ratio=0.9)
     card = DatasetCard(hub.files("dataset", "me/rows")["README.md"].decode())

@@ -1,6 +1,7 @@
 """Publishing to a Hub and loading from it, by the real clients over HTTP."""
 
 import copy
+import html
 import json
 import logging
 import pickle
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import prompt_completion_rows
@@ -29,6 +31,7 @@ from trl_bilevel.cli import main
 from trl_bilevel.dataset_sources import describe_dataset, source_text
 from trl_bilevel.hub import publish_curated_dataset
 from trl_bilevel.hub_errors import PublishError
+from trl_bilevel.report import build_report
 from trl_bilevel.run_records import curate_run, describe_run
 from trl_bilevel.scripts import sft
 
@@ -89,6 +92,17 @@ def test_another_ratio_replaces_the_rows_and_an_old_revision_stays(hub, trained)
     assert [name for name in hub.files("dataset", REPO) if name.startswith("curated")] == [
         "curated/train-00000-of-00001.parquet"
     ]
+
+
+def test_many_rows_are_several_files(hub, trained, monkeypatch):
+    monkeypatch.setattr("trl_bilevel.hub._ROWS_PER_FILE", 7)
+    trained.push_curated_dataset(REPO, keep_ratio=0.75)
+    assert sum(name.startswith("curated/") for name in hub.files("dataset", REPO)) == 3
+    assert _load().to_list() == trained.curate(0.75).to_list()
+    monkeypatch.setattr("trl_bilevel.hub._ROWS_PER_FILE", 10)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)  # and none of the first are left
+    assert sum(name.startswith("curated/") for name in hub.files("dataset", REPO)) == 2
+    assert _load(download_mode="force_redownload").to_list() == trained.curate(0.5).to_list()
 
 
 def test_what_was_written_by_hand_stays_in_the_card(hub, trained):
@@ -259,8 +273,9 @@ def test_refined_answers_are_published_beside_the_originals(hub, make_trainer):
 
 
 def test_a_branch_is_made_and_main_stays(hub, trained):
-    trained.push_curated_dataset(REPO, keep_ratio=0.5, revision="half", private=True)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5, revision="half", private=True, collection="Half")
     assert hub.repo("dataset", REPO).private
+    assert [collection["private"] for collection in hub.collections.values()] == [True]
     assert len(_load(revision="half")) == 12
     assert hub.files("dataset", REPO) == {}
 
@@ -301,7 +316,7 @@ def test_base_model_on_disk_is_not_published(hub, make_trainer, build_model, tok
         max_steps=4, metric_for_best_model="loss",
     )  # fmt: skip
     (warning,) = [record.message for record in caplog.records if "Pass a relative path" in record.message]
-    assert f"`output_dir='{tmp_path / 'run'}'` will be read in the files that are pushed: the trainer state" in warning
+    assert f"`output_dir='{tmp_path / 'run'}'` will be read in the trainer state of the checkpoints" in warning
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("model", "me/adapter")
@@ -328,6 +343,46 @@ def test_base_model_on_disk_is_not_published_by_hand(hub, make_trainer, build_mo
     assert trainer.model.active_peft_config.base_model_name_or_path == str(tmp_path / "base")
 
 
+def test_sample_ids_of_a_stream_stay_here(hub, make_trainer):
+    rows = [{**row, "uid": f"user-{n}@example.org"} for n, row in enumerate(prompt_completion_rows(24))]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=stream, sample_id_column="uid", hub_model_id="me/model", max_steps=4)
+    trainer.train()
+    trainer.push_to_hub()
+    names = {path.name for path in Path(trainer.args.output_dir).iterdir() if b"@example.org" in _content(path)}
+    assert names == {"_data_selector.safetensors", "_row_scores.pq"}  # here they are
+    files = hub.files("model", "me/model")
+    assert "model.safetensors" in files
+    for name, content in files.items():
+        assert b"@example.org" not in content, name
+
+
+def _content(path):
+    """Of a file, as plain bytes: Parquet compresses."""
+    if path.suffix == ".pq":
+        return str(pyarrow.parquet.read_table(path).to_pylist()).encode()
+    return path.read_bytes() if path.is_file() else b""
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+@pytest.mark.parametrize("push_to_hub", [False, True])
+def test_reports_that_would_be_published_are_named(hub, make_trainer, monkeypatch, caplog, report_to, push_to_hub):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    trainer = make_trainer(hub_model_id="me/model", max_steps=1, push_to_hub=push_to_hub)
+    trainer.args.report_to = [report_to]  # its package need not be there
+    caplog.clear()
+    trainer._warn_about_published_paths()
+    assert ("the name of this machine" in caplog.text) == (push_to_hub and report_to == "tensorboard")
+    caplog.clear()
+    trainer.train()
+    trainer.push_to_hub()
+    assert ("`TENSORBOARD_LOGGING_DIR`" in caplog.text) == (not push_to_hub and report_to == "tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    caplog.clear()
+    trainer._warn_about_published_paths()
+    assert caplog.text == ""
+
+
 def test_pushed_checkpoint_goes_on(hub, make_trainer, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "me/run", "hub_strategy": "checkpoint", "save_strategy": "steps",
                "save_steps": 4, "max_steps": 8}  # fmt: skip
@@ -335,7 +390,7 @@ def test_pushed_checkpoint_goes_on(hub, make_trainer, tmp_path):
     trainer.train()
     assert all(job.exception() is None for job in trainer.push_in_progress.jobs)  # in the background, nobody sees it
     files = hub.files("model", "me/run")
-    assert "last-checkpoint/data_selector.safetensors" in files
+    assert "last-checkpoint/_data_selector.safetensors" in files
     folder = tmp_path / "downloaded" / "checkpoint-8"
     for name, content in files.items():
         if name.startswith("last-checkpoint/"):
@@ -651,6 +706,24 @@ def test_options_in_a_card_say_nothing_of_the_machine(make_config, build_model, 
         assert secret not in json.dumps(facts)
 
 
+def test_options_that_decide_are_in_card_and_report(hub, make_trainer, tmp_path):
+    schedule = {"min_lr": 1e-4}
+    trainer = make_trainer(
+        max_length=None, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=schedule, optim="adamw_torch",
+        optim_args="x=1", router_aux_loss_coef=0.0, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_curated_dataset(REPO)
+    trainer.save_model()
+    report = build_report(trainer.args.output_dir)
+    text = _card(hub).text
+    for name, value in (("max_length", None), ("optim_args", "x=1"), ("router_aux_loss_coef", 0.0)):
+        assert f"| `{name}` | `{value}` |" in text
+        assert html.escape(f"{name} = {json.dumps(value)}", quote=False) in html.unescape(report)
+    assert json.loads(trainer._run_facts["options"]["lr_scheduler_kwargs"]) == schedule
+    assert "--max_length" not in text  # which takes no `None`
+
+
 def test_prompt_template_with_code_stays_in_its_place(hub, make_trainer):
     trainer = make_trainer(refine_prompt_template=CHANGED["refine_prompt_template"][0], max_steps=1, **_REFINE)
     trainer.train()
@@ -711,6 +784,8 @@ def test_files_of_different_runs_are_not_mixed(make_trainer, train_dataset, tmp_
     first = make_trainer(**options, **refine)
     first.train()
     first.save_model()
+    assert curate_run(first.args.output_dir).to_list() == first.curate().to_list()
+    assert not all(first.curate()["scored"])  # rows whose new answer was not visited
     second = make_trainer(**options)
     second.train()
     second.save_model()
@@ -733,12 +808,15 @@ def test_newest_complete_scores_count(make_trainer):
 
 
 def test_config_copies_keep_their_token_and_paths(make_config, tmp_path):
+    address = "http://user:password@10.0.0.5:8000"
     config = make_config(hub_token="hf_write")
+    config.vllm_server_base_url = address
     for copied in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert (copied.hub_token, copied.output_dir) == ("hf_write", str(tmp_path / "run"))
+        assert copied.vllm_server_base_url == address
     with config.published():
         published = pickle.loads(pickle.dumps(config))
-    assert (published.hub_token, published.output_dir) == (None, "run")
+    assert (published.hub_token, published.output_dir, published.vllm_server_base_url) == (None, "run", None)
 
 
 def test_rows_are_not_written_where_that_is_not_wanted(make_trainer):
@@ -772,6 +850,15 @@ def test_missing_permissions_are_named(hub, trained, token, repo_id, message):
         trained.push_curated_dataset(repo_id, token=token)
     assert f"trl-bilevel push {trained.args.output_dir} {repo_id}" in str(error.value)
     assert token not in str(error.value)
+
+
+def test_token_of_the_run_is_used(hub, make_trainer):
+    trainer = make_trainer(hub_token="hf_read", max_steps=1)  # the environment's may write
+    trainer.train()
+    with pytest.raises(PublishError, match=r"\(403\).*may not write to me"):
+        trainer.push_curated_dataset(REPO)
+    trainer.push_curated_dataset(REPO, token="hf_write")
+    assert hub.repo("dataset", REPO).history()
 
 
 def test_failures_that_last_leave_the_run_on_disk(hub, trained, caplog):
@@ -846,6 +933,39 @@ def test_repository_that_changed_meanwhile_is_not_overwritten(hub, trained, stat
     hub.faults.clear()
     trained.push_curated_dataset(REPO, keep_ratio=0.5)
     assert len(_load(download_mode="force_redownload")) == 12
+
+
+def test_pull_request_is_pushed_to(hub, trained):
+    repo = hub.create("dataset", REPO)
+    repo.branches["refs/pr/1"] = repo.branches["main"]
+    trained.push_curated_dataset(REPO, keep_ratio=0.5, revision="refs/pr/1")
+    (commit,) = hub.repo("dataset", REPO).history()
+    assert commit.message == "Curated dataset: 12 of 24 rows"
+    assert "data_selector.parquet" in hub.files("dataset", REPO, "refs/pr/1")
+    assert hub.files("dataset", REPO) == {}
+    with pytest.raises(PublishError, match=r"\(404\)"):
+        trained.push_curated_dataset(REPO, revision="refs/pr/2")
+
+
+def test_what_the_hub_says_is_said(hub, trained):
+    hub.fail("POST", "/commit/", 403, times=10, **{"X-Error-Message": "Private storage limit reached"})
+    with pytest.raises(PublishError, match=r"\(403\).*may not write.*\(the Hub says: Private storage limit reached"):
+        trained.push_curated_dataset(REPO)
+    hub.faults.clear()
+    hub.fail("POST", "/commit/", 402, times=10, **{"X-Error-Message": "Payment required for this"})
+    with pytest.raises(PublishError, match=r"\(402\): the Hub refuses it: Payment required for this"):
+        trained.push_curated_dataset(REPO)
+
+
+def test_page_of_a_broken_server_is_no_traceback(hub, trained):
+    page = b"<html>502 Bad Gateway</html>"
+    hub.fail("POST", "/validate-yaml", 502, times=2, page=page)
+    trained.push_curated_dataset(REPO, keep_ratio=0.5)
+    assert len(_load()) == 12
+    hub.fail("POST", "/validate-yaml", 502, times=100, page=page)
+    with pytest.raises(PublishError, match=r"the Hub has failed\. Push again in a while") as error:
+        trained.push_curated_dataset(REPO, keep_ratio=0.25)
+    assert f"`trl-bilevel push {trained.args.output_dir} {REPO} --keep_ratio 0.25`" in str(error.value)
 
 
 def test_offline_mode_is_named(hub, trained, monkeypatch):

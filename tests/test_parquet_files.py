@@ -1,12 +1,14 @@
 """Parquet files: the rows and types that `datasets` itself would write, without holding all of them."""
 
+import os
+
 import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 
 from trl_bilevel import parquet_files
 from trl_bilevel.dataset_checks import hash_rows
-from trl_bilevel.parquet_files import pieces_of_stream, read_column, write_parquet
+from trl_bilevel.parquet_files import as_rows, pieces_of_stream, read_column, write_parquet
 
 
 NUM_ROWS = 95
@@ -102,3 +104,19 @@ def test_selected_rows_are_read_as_they_are(numbers):
     selected = tokens.select(numbers)
     assert hash_rows(selected).tolist() == [hashes[number] for number in numbers]
     assert read_column(selected, "input_ids").to_pylist() == selected.to_dict()["input_ids"]
+
+
+def test_rows_that_are_still_mapped_may_stay(monkeypatch):
+    """As on Windows, which deletes no file that somebody reads."""
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(".arrow"):
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, *args, **kwargs)
+
+    stream = Dataset.from_dict({"n": [1, 2, 3]}).to_iterable_dataset()
+    with as_rows(stream) as rows:
+        monkeypatch.setattr(os, "unlink", refuse)
+        assert rows["n"][:] == [1, 2, 3]
+    monkeypatch.undo()

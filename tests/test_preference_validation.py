@@ -159,6 +159,19 @@ def test_truncation_drops_whole_pairs(make_trainer, caplog):
     trainer.train()
 
 
+@pytest.mark.filterwarnings("ignore:.*'keep_end':FutureWarning")
+@pytest.mark.parametrize("max_length", [None, 12])
+def test_truncation_keeps_the_end(make_trainer, max_length):
+    pairs = _pairs(5)
+    options = {"validation_dataset": pairs, "validation_loss_type": "dpo"}
+    whole = make_trainer(**options).validation_dataset
+    kept = make_trainer(**options, truncation_mode="keep_end", max_length=max_length).validation_dataset
+    for side in ("chosen", "rejected"):
+        expected = [ids[-(max_length or 1000) :] for ids in whole[f"{side}_input_ids"]]
+        assert kept[f"{side}_input_ids"][:] == expected
+        assert max(map(len, expected)) == (max_length or max(map(len, whole[f"{side}_input_ids"])))
+
+
 def test_a_pair_with_an_infinite_loss_leaves_as_a_whole(make_trainer, build_model, monkeypatch):
     """One completion of a pair is broken: the other takes no part either, and the run goes on."""
     trainer = make_trainer(

@@ -458,3 +458,11 @@ def test_vllm_options_exist_in_trl():
     }  # fmt: skip
     assert given <= set(inspect.signature(VLLMGeneration.__init__).parameters)
     assert {"prompts", "images", "num_generations"} <= set(inspect.signature(VLLMGeneration.generate).parameters)
+
+
+def test_reward_functions_get_the_columns_as_they_are(tokenizer):
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    rows = Dataset.from_list([{"conversations": talk, "solution": 1}])
+    question = QuestionReader(rows, tokenizer, None, None).read(0)
+    assert question.original == "So."
+    assert question.columns == {"conversations": talk, "solution": 1}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -344,6 +345,49 @@ def test_base_model_is_of_the_revision_that_the_run_used(make_lora_trainer, buil
         command = ["score", str(tmp_path / "run"), *options, "--output_dir", str(tmp_path / str(number)), *more]
         assert main(command) == 0
     assert loaded == [("base", "3f" * 20, False), ("base", "old", False), ("moved", None, True)]
+
+
+def test_base_model_on_disk_is_found_after_a_push(hub, make_lora_trainer, build_model, tmp_path):
+    build_model().save_pretrained(tmp_path / "base")
+    trainer = make_lora_trainer(
+        model=str(tmp_path / "base"), max_steps=2, push_to_hub=True, hub_model_id="me/adapter", save_strategy="steps",
+        save_steps=1, hub_strategy="checkpoint",
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    run = Path(trainer.args.output_dir)
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert not [name for name in hub.files("model", "me/adapter") if "_base_model" in name]
+    rows = prompt_completion_rows(3)
+    rows.to_json(tmp_path / "corpus.jsonl")
+    for number, folder in enumerate((run, run / "checkpoint-2")):
+        command = ["score", str(folder), "--dataset_name", str(tmp_path / "corpus.jsonl")]
+        assert main([*command, "--output_dir", str(tmp_path / str(number))]) == 0
+        scored = Dataset.from_parquet(str(tmp_path / str(number) / "*.parquet"), cache_dir=str(tmp_path / "cache"))
+        assert scored["loss"][:] == pytest.approx(trainer.score(rows)["loss"][:], rel=1e-4)
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    with pytest.raises(SystemExit, match=r"The base model 'base' of .* cannot be loaded.*`--model_name_or_path`"):
+        main([*command, "--output_dir", str(tmp_path / "third")])
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("more", [16, -3])  # a base model with spare embeddings, and one with too few of them
+def test_embeddings_are_as_many_as_the_run_had(make_lora_trainer, build_model, tokenizer, tmp_path, more):
+    base = build_model()
+    base.resize_token_embeddings(len(tokenizer) + more)
+    base.save_pretrained(tmp_path / "base")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.resize_token_embeddings(len(tokenizer))  # as TRL does for a template that brings tokens of its own
+    adapter = LoraConfig(**{**LORA, "modules_to_save": ["lm_head"]})
+    trainer = make_lora_trainer(model=loaded, peft_config=adapter, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run"))
+    rows = prompt_completion_rows(3)
+    rows.to_json(tmp_path / "corpus.jsonl")
+    command = ["score", str(tmp_path / "run"), "--dataset_name", str(tmp_path / "corpus.jsonl")]
+    assert main([*command, "--output_dir", str(tmp_path / "scored")]) == 0
+    scored = Dataset.from_parquet(str(tmp_path / "scored" / "*.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert scored["loss"][:] == pytest.approx(trainer.score(rows)["loss"][:], rel=1e-4)
 
 
 def test_columns_have_the_types_of_the_dataset(make_lora_trainer, build_model, tmp_path):

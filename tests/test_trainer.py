@@ -92,7 +92,7 @@ def test_kinds_of_model(make_trainer, build_model, tokenizer, tmp_path, kind):
 
     trainer.save_model()
     output_dir = Path(trainer.args.output_dir)
-    assert (output_dir / "data_selector.safetensors").is_file()
+    assert (output_dir / "_data_selector.safetensors").is_file()
     if kind in ("peft_model", "model_and_peft_config"):
         reloaded = PeftModel.from_pretrained(build_model(), output_dir)
         assert "lora" in next(iter(load_file(output_dir / "adapter_model.safetensors")))
@@ -480,7 +480,7 @@ def test_final_model_and_checkpoints_hold_the_selector_also_without_optimizer(ma
     trainer = make_trainer(save_strategy="steps", save_steps=3, save_only_model=True)
     trainer.train()
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
-        state = load_file(Path(trainer.args.output_dir) / checkpoint / "data_selector.safetensors")
+        state = load_file(Path(trainer.args.output_dir) / checkpoint / "_data_selector.safetensors")
         assert state["logits"].shape == (24,)
     assert torch.equal(state["logits"], trainer.data_selector.logits)
 
@@ -512,7 +512,7 @@ def test_best_model_comes_with_the_weights_of_its_checkpoint(make_trainer, valid
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
-    assert torch.equal(trainer.data_selector.logits, load_file(best / "data_selector.safetensors")["logits"])
+    assert torch.equal(trainer.data_selector.logits, load_file(best / "_data_selector.safetensors")["logits"])
 
 
 def test_validation_weight_is_logged_as_it_was_used(make_trainer):

@@ -19,7 +19,7 @@ from .sft_option_checks import check_sft_options
 SelectionMethod = Literal["bds", "bmo"]
 ValidationLossType = Literal["nll", "dpo"]
 ValueFunctionType = Literal["none", "adapter"]
-_TOKENS = ("hub_token", "token")
+_SECRETS = ("hub_token", "token", "vllm_server_base_url")  # an address may hold a password
 _TO_BE_PUBLISHED = "_to_be_published"
 
 
@@ -297,7 +297,7 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Pickle no tokens and no local paths: Trainer writes `training_args.bin` into folders that it pushes."""
+        """Pickle no tokens, addresses and paths: Trainer writes `training_args.bin` into folders that it pushes."""
         setattr(self, _TO_BE_PUBLISHED, True)
         try:
             yield
@@ -316,9 +316,9 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
 
 
 def _without_secrets(value: Any) -> Any:
-    """Options without tokens, and of paths the last part only."""
+    """Options without tokens and addresses, and of paths the last part only."""
     if isinstance(value, dict):
-        return {name: None if name in _TOKENS else _without_secrets(item) for name, item in value.items()}
+        return {name: None if name in _SECRETS else _without_secrets(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(map(_without_secrets, value))
     if isinstance(value, (str, os.PathLike)) and os.path.isabs(value):

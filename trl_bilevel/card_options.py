@@ -1,5 +1,6 @@
 """The options of a run that cards and reports show, and that give the run again."""
 
+import json
 import os
 from dataclasses import fields
 from enum import Enum
@@ -23,13 +24,16 @@ _TRAINING_OPTIONS = (
     "gradient_accumulation_steps",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
+    "optim_args",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "router_aux_loss_coef",
     "neftune_noise_alpha",
     "bf16",
     "fp16",
@@ -99,4 +103,6 @@ def model_options(model: Any) -> dict[str, Any]:
 def _json_value(name: str, value: Any) -> Any:
     if name == "chat_template_path" and value is not None and os.path.isabs(value):
         return Path(value).name
+    if isinstance(value, dict):
+        return json.dumps(value)
     return value.value if isinstance(value, Enum) else value

@@ -272,7 +272,7 @@ class DataSelector:
 
     def save(self, directory: str | os.PathLike, fingerprint: str) -> Path:
         """
-        Write the selector's state to `data_selector.safetensors` in `directory`, whole or not at all.
+        Write the selector's state to `_data_selector.safetensors` in `directory`, whole or not at all.
 
         Args:
             directory (`str` or `os.PathLike`): an existing directory.

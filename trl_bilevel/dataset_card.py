@@ -97,7 +97,7 @@ def build_card(
         "source_columns": [escape(name) for name in _source_columns(scored)],
         "base_model": facts["base_model"],
         "method": facts["method"],
-        "options": {name: option_cell(value) for name, value in facts["options"].items() if value is not None},
+        "options": {name: option_cell(value) for name, value in facts["options"].items()},
         "paper_id": PAPER_ID,
         "citation": PAPER_CITATION,
         "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),

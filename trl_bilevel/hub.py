@@ -94,7 +94,7 @@ def publish_curated_dataset(
         repo_id = retried(
             lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         ).repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):  # as a pull request, which is there already
             retried(lambda: api.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True))
         ask_once = cache(ask_license) if ask_license is not None else None
         for attempt in range(ATTEMPTS):

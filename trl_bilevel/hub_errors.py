@@ -1,6 +1,7 @@
 """What goes wrong between here and the Hub: tried again, or explained with what to do."""
 
 import errno
+import json
 import logging
 import os
 import tempfile
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 4
 _FIRST_WAIT = 1.0  # seconds; doubles
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
+_HAS_FAILED = "the Hub has failed. Push again in a while"
+_LONGEST_MESSAGE = 300  # characters
 
 
 class PublishError(RuntimeError):
@@ -30,7 +33,7 @@ def retried(call: Any) -> Any:
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, json.JSONDecodeError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if attempt == ATTEMPTS - 1 or (status is not None and status not in _TRANSIENT):
                 raise
@@ -61,6 +64,8 @@ def explained(repo_id: str, retry_command: str | None = None) -> Iterator[None]:
         if reason is None:
             raise
         raise PublishError(f"{repo_id} was not published{reason}.{later}") from error
+    except json.JSONDecodeError as error:  # the client reads a broken server's page before its status
+        raise PublishError(f"{repo_id} was not published: {_HAS_FAILED}.{later}") from error
     except ValueError as error:
         if not isinstance(error.__cause__, HfHubHTTPError):
             raise
@@ -87,10 +92,20 @@ def _reason(error: BaseException, namespace: str) -> str | None:
             412: "the repository changed meanwhile. Push again",
             429: "the Hub has had too many requests. Push again in a while",
         }
-        return f" ({status}): {reasons.get(status, 'the Hub has failed. Push again in a while')}"
+        if status in reasons or status >= 500:
+            said = _one_line(error.server_message or "")
+            also = f" (the Hub says: {said})" if status == 403 and said else ""  # storage may be used up
+            return f" ({status}): {reasons.get(status, _HAS_FAILED)}{also}"
+        return f" ({status}): the Hub refuses it: {_one_line(error.server_message or 'it does not say why')}"
     if isinstance(error, (httpx2.TransportError, ConnectionError, LocalEntryNotFoundError)):
         return f": the Hub cannot be reached ({error.__class__.__name__}). Push again"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" under {Path(error.filename).parent}" if error.filename else f" under {tempfile.gettempdir()}"
         return f": {os.strerror(error.errno)}. Free some space{where}, or set `TMPDIR`"
     return None
+
+
+def _one_line(message: str) -> str:
+    """What a server says, short and without control characters."""
+    shown = (character if character.isprintable() else "\ufffd" for character in " ".join(message.split()))
+    return "".join(shown)[:_LONGEST_MESSAGE]

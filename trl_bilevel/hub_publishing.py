@@ -20,6 +20,7 @@ from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
 from .run_records import push_command, upload_command
+from .run_settings import write_base_model
 from .selector_files import selector_table
 
 
@@ -134,6 +135,8 @@ class HubPublishing(Checkpointing):
         Raises:
             [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The model is on disk.
         """
+        if not self.args.push_to_hub:  # it has been said before training
+            self._warn_about_published_reports()
         self._is_pushing = True
         try:
             with explained(self._repo_id, self._upload_command()):
@@ -181,6 +184,8 @@ class HubPublishing(Checkpointing):
             ):
                 path = getattr(owner, name, None)
                 if path is not None and os.path.isabs(path):
+                    if owner is self.model.active_peft_config:  # for `trl-bilevel score`
+                        write_base_model(self.args.output_dir, path)
                     setattr(owner, name, Path(path).name)
                     put_back.callback(setattr, owner, name, path)
             yield
@@ -189,12 +194,21 @@ class HubPublishing(Checkpointing):
         """Files that Trainer and its reporters write, and push, and that name the folder they are in."""
         args = self.args
         checkpoints = args.hub_strategy in ("checkpoint", "all_checkpoints") and args.metric_for_best_model is not None
-        reports = "tensorboard" in args.report_to
-        if args.push_to_hub and os.path.isabs(args.output_dir) and (checkpoints or reports):
+        if args.push_to_hub and os.path.isabs(args.output_dir) and checkpoints:
             logger.warning(
-                f"`output_dir={args.output_dir!r}` will be read in the files that are pushed: "
-                f"{'the trainer state of checkpoints' if checkpoints else 'the reports in `runs`'}. Pass a relative "
-                "path to publish nothing about this machine."
+                f"`output_dir={args.output_dir!r}` will be read in the trainer state of the checkpoints that are "
+                "pushed. Pass a relative path to publish nothing about this machine."
+            )
+        if args.push_to_hub:
+            self._warn_about_published_reports()
+
+    def _warn_about_published_reports(self) -> None:
+        """TensorBoard's folder has the host's name, and all options are in its files."""
+        if "tensorboard" in self.args.report_to and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            logger.warning(
+                "TensorBoard's files in `runs` are pushed with the model: the name of this machine and all options, "
+                "`output_dir` and addresses among them, can be read there. Set the environment variable "
+                "`TENSORBOARD_LOGGING_DIR` to a folder outside of `output_dir` to keep them here."
             )
 
     def create_model_card(

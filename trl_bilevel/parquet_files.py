@@ -133,7 +133,8 @@ def as_rows(curated: Dataset | IterableDataset) -> Iterator[Dataset]:
     if isinstance(curated, Dataset):
         yield curated
         return
-    with tempfile.TemporaryDirectory() as folder:
+    # Windows deletes no file that is mapped into memory, as the rows are while somebody holds them
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "rows.parquet"
         write_parquet(curated, path)
         yield Dataset.from_parquet(str(path), split=curated.split, cache_dir=folder)

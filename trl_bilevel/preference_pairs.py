@@ -61,9 +61,8 @@ def prepare_pairs(dataset: Dataset, trainer: Any) -> Dataset:
     args = trainer.args
     # DPOTrainer's own preparation; of `self` it uses only the tokenizer, which SFTTrainer has under the same name
     tokenized = DPOTrainer._prepare_dataset(trainer, dataset, trainer.processing_class, args, "validation")
-    window = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
-    if args.max_length is None:
-        window = slice(None)
+    keeps_end = args.truncation_mode == "keep_end" and args.max_length is not None
+    window = slice(-args.max_length, None) if keeps_end else slice(args.max_length)
 
     def to_rows(pair: dict[str, Any]) -> dict[str, list[int]]:
         rows = {}

@@ -1,6 +1,7 @@
 """What the model is asked when a row's answer is regenerated: the tokens before the last assistant turn."""
 
 import json
+from copy import deepcopy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ class QuestionReader:
         columns = self.dataset[row]
         if "input_ids" in columns:
             return self._tokenized_question(row, columns)
-        messages_row = maybe_convert_to_chatml(columns) if is_conversational_from_value(columns) else columns
+        messages_row = maybe_convert_to_chatml(deepcopy(columns)) if is_conversational_from_value(columns) else columns
         if is_conversational(messages_row):
             messages = (
                 messages_row["messages"]

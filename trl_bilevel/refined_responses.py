@@ -23,7 +23,7 @@ from .whole_files import damage_explained, write_whole
 CHECKPOINT_FILE_NAME = "_refined_responses.pq"
 """In every checkpoint and output folder. Trainer pushes no file of an output folder whose name starts with `_`; it
 pushes whole checkpoints, this file included, with `hub_strategy="checkpoint"` or `"all_checkpoints"`. A Parquet file,
-but not by its name: the Hub's client refuses to commit `.parquet` to a model repository."""
+but not by its name: the Hub's client warns where `.parquet` is committed to a model repository."""
 FOLDER_NAME = "_refined_responses"
 """In the output folder: a folder per run, where responses are written as soon as they are generated."""
 

@@ -98,11 +98,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "trusted_ids": source_ids(facts["validation"]),
         "training_ids": source_ids(facts["training"]),
         "unit": validation_loss_unit(facts),
-        "options": {
-            name: json.dumps(value)
-            for name, value in {**facts["options"], **facts["model_options"]}.items()
-            if value is not None
-        },
+        "options": {name: json.dumps(value) for name, value in {**facts["options"], **facts["model_options"]}.items()},
         "log": log,
         "keep_ratio": keep_ratio,
         "num_proved_good": count_proved_good(directory),

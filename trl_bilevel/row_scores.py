@@ -15,7 +15,7 @@ from .selector_files import selector_table
 from .whole_files import damage_explained, write_whole
 
 
-SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client takes no `.parquet` in a model repository's checkpoint
+SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client warns of `.parquet` in a model repository
 _COLUMNS = ("sample_id", "logit", "weight", "scored", "judged")
 # How many scores had been written into the run's folder by then, of whatever run: a clock may be set back, and copies
 # have times of their own

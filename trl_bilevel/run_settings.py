@@ -11,6 +11,7 @@ from .whole_files import damage_explained, write_whole
 
 
 RUN_SETTINGS_FILE_NAME = "bilevel_sft.json"
+_BASE_MODEL_FILE_NAME = "_base_model.json"
 # What decides which tokens a row's loss covers. An allow-list: nothing else of the arguments, such as paths or tokens,
 # belongs in a file that may be published.
 _ROW_OPTIONS = (
@@ -38,6 +39,8 @@ class RunSettings(NamedTuple):
     """Whether a function of the training script made the rows' text."""
     model_revision: str | None
     """Commit, or else branch or tag, of the base model on the Hub."""
+    vocab_size: int | None = None
+    """Tokens that the model has embeddings of, which may be more or fewer than the base model has."""
 
 
 def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
@@ -53,6 +56,7 @@ def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
         "rows": row_options(trainer.args),
         "has_formatting_func": trainer._formatting_func is not None,
         "model_revision": getattr(trainer.model.config, "_commit_hash", None) or asked_for,
+        "vocab_size": trainer.model.config.get_text_config().vocab_size,
     }
     text = json.dumps(settings, indent=2) + "\n"
     write_whole(Path(directory) / RUN_SETTINGS_FILE_NAME, lambda partial: partial.write_text(text))
@@ -60,7 +64,7 @@ def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
 
 def read_run_settings(directory: str | os.PathLike) -> RunSettings:
     """
-    Read what [`write_run_settings`] wrote; runs of older versions say nothing of the function and the revision.
+    Read what [`write_run_settings`] wrote; what older versions did not write has a default.
 
     Raises:
         `FileNotFoundError`: if the directory is not that of a run.
@@ -74,4 +78,42 @@ def read_run_settings(directory: str | os.PathLike) -> RunSettings:
     with damage_explained(path, "Use another checkpoint."):
         settings = json.loads(path.read_text())
         rows = {name: settings["rows"][name] for name in _ROW_OPTIONS if name in settings["rows"]}
-        return RunSettings(rows, settings.get("has_formatting_func", False), settings.get("model_revision"))
+        return RunSettings(
+            rows,
+            settings.get("has_formatting_func", False),
+            settings.get("model_revision"),
+            settings.get("vocab_size"),
+        )
+
+
+def write_base_model(output_dir: str | os.PathLike, path: str) -> None:
+    """
+    Keep where the base model of an adapter is on this machine, in a file that is not pushed.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): of the run; created if it does not exist.
+        path (`str`): of the base model.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    write_whole(Path(output_dir) / _BASE_MODEL_FILE_NAME, lambda partial: partial.write_text(json.dumps(path)))
+
+
+def read_base_model(directory: str | os.PathLike, name: str) -> str:
+    """
+    Where a base model is that a pushed adapter calls by its folder's name only.
+
+    Args:
+        directory (`str` or `os.PathLike`): output folder, or a checkpoint in it.
+        name (`str`): what the adapter's configuration calls it.
+
+    Returns:
+        `str`: what [`write_base_model`] kept, if that is a folder of this name; otherwise the name.
+    """
+    for folder in (Path(directory), Path(directory).absolute().parent):
+        file = folder / _BASE_MODEL_FILE_NAME
+        if file.is_file():
+            with damage_explained(file, "Delete it, and name the base model."):
+                path = Path(json.loads(file.read_text()))
+            if path.name == name and path.is_dir():
+                return str(path)
+    return name

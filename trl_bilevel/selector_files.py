@@ -27,7 +27,8 @@ from .selector_updates import SelectorActivation
 from .whole_files import damage_explained, write_whole
 
 
-SELECTOR_FILE_NAME = "data_selector.safetensors"
+SELECTOR_FILE_NAME = "_data_selector.safetensors"
+"""Of an output folder Trainer pushes no file whose name begins with `_`: a stream's sample ids are in it."""
 SELECTOR_TABLE_NAME = "data_selector.parquet"
 _ACTIVATION_KEY, _PRIOR_KEY = b"selector_activation", b"selector_prior"
 METADATA_KEYS = (_ACTIVATION_KEY, _PRIOR_KEY)
@@ -60,7 +61,7 @@ def write_selector_state(
     directory: str | os.PathLike, tensors: dict[str, torch.Tensor], identity: dict[str, Any]
 ) -> Path:
     """
-    Write `data_selector.safetensors`, whole or not at all.
+    Write `_data_selector.safetensors`, whole or not at all.
 
     Args:
         directory (`str` or `os.PathLike`): an existing directory.

@@ -13,11 +13,15 @@ Writes Parquet files with the rows and their scores. Run it again after an inter
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
 
 from trl_bilevel.command_line import make_command_parser
+
+
+if TYPE_CHECKING:  # imported where it is used: `--help` must not load everything
+    from trl_bilevel.run_settings import RunSettings
 
 
 @dataclass
@@ -104,7 +108,7 @@ def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
         )
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, streaming=args.dataset_streaming)
     first_rows = list(dataset.take(1))  # there is one
-    model, tokenizer = _load_model(args.run_dir, model_args, settings.model_revision)
+    model, tokenizer = _load_model(args.run_dir, model_args, settings)
     with tempfile.TemporaryDirectory() as scratch:
         # Prepares rows as the run did; it is never trained
         options = SFTConfig(scratch, **settings.row_options, bf16=False, gradient_checkpointing=None, report_to="none")
@@ -126,11 +130,13 @@ def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
     print(f"{num_rows:,} scored rows in {args.output_dir}")
 
 
-def _load_model(run_dir: str, model_args: BaseModelArguments, run_revision: str | None) -> tuple[Any, Any]:
+def _load_model(run_dir: str, model_args: BaseModelArguments, settings: "RunSettings") -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer
     from trl import ModelConfig, get_quantization_config
     from trl.trainer.utils import create_model_from_path
+
+    from trl_bilevel.run_settings import read_base_model
 
     quantized = ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     options = {
@@ -152,14 +158,21 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, run_revision: str 
                 )
         return create_model_from_path(run_dir, **options), tokenizer  # of the class that the run had
     adapter = PeftConfig.from_pretrained(run_dir)
-    name = model_args.model_name_or_path or adapter.base_model_name_or_path
+    name = model_args.model_name_or_path or read_base_model(run_dir, adapter.base_model_name_or_path)
     if model_args.model_revision is not None:
         options["revision"] = model_args.model_revision
-    elif name == adapter.base_model_name_or_path and (revision := adapter.revision or run_revision) is not None:
-        options["revision"] = revision
-    base = create_model_from_path(name, **options)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer))  # as the run had it
+    elif name == adapter.base_model_name_or_path and (adapter.revision or settings.model_revision) is not None:
+        options["revision"] = adapter.revision or settings.model_revision
+    try:
+        base = create_model_from_path(name, **options)
+    except OSError as error:
+        raise ValueError(
+            f"The base model {name!r} of {run_dir} cannot be loaded ({error}). Say where it is with "
+            "`--model_name_or_path`."
+        ) from error
+    vocab_size = settings.vocab_size or max(len(tokenizer), base.get_input_embeddings().weight.shape[0])
+    if vocab_size != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(vocab_size)  # as the run had it
     return PeftModel.from_pretrained(base, run_dir), tokenizer
 
 

@@ -28,6 +28,11 @@ from trl_bilevel.command_line import make_command_parser, one_line_errors, print
 from trl_bilevel.curation import check_keep_ratio
 from trl_bilevel.dataset_loading import load_split
 from trl_bilevel.parquet_files import write_parquet
+from trl_bilevel.report_rows import plain_text
+from trl_bilevel.selector_files import SELECTOR_TABLE_NAME
+
+
+_CURATED_FOLDER_NAME = "curated"
 
 
 @dataclass
@@ -78,12 +83,13 @@ def main(
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
 
-    curated_folder = Path(training_args.output_dir) / "curated"
-    if training_args.push_to_hub and curated_folder.exists():
-        raise ValueError(
-            f"{curated_folder} is of an earlier run and would be pushed with the model. Move it away, or choose "
-            "another `--output_dir`."
-        )
+    for name in (_CURATED_FOLDER_NAME, SELECTOR_TABLE_NAME):
+        path = Path(training_args.output_dir) / name
+        if training_args.push_to_hub and path.exists():
+            raise ValueError(
+                f"{path} is of an earlier run and would be pushed with the model. Move it away, or choose another "
+                "`--output_dir`."
+            )
 
     # Before anything is loaded
     resume_from_checkpoint = read_resume_option(training_args.resume_from_checkpoint, training_args.output_dir)
@@ -163,14 +169,14 @@ def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
     """The curated dataset and the weights, into the output folder."""
     if not trainer.is_world_process_zero():
         return
-    path = Path(trainer.args.output_dir) / "curated" / "train.parquet"
+    path = Path(trainer.args.output_dir) / _CURATED_FOLDER_NAME / "train.parquet"
     num_rows = write_parquet(trainer.curate(keep_ratio), path)
     trainer.accelerator.print(f"🧹 Curated dataset of {num_rows:,} rows saved to {path.parent}.")
     selector_path = trainer.data_selector.save_pretrained(trainer.args.output_dir)
     trainer.accelerator.print(f"⚖️ Weights for other runs saved to {selector_path}.")
     if trainer.args.source_column is not None:
         for source, weight in trainer.source_weights().items():
-            trainer.accelerator.print(f"   {weight:8.4f}  {source}")
+            trainer.accelerator.print(f"   {weight:8.4f}  {plain_text(str(source))[0]}")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
