@@ -8,8 +8,20 @@ from pathlib import Path
 import torch
 from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+
+
+class LogsOnOne(TrainerCallback):
+    """As users do: what one process logs by itself must not wait for the others."""
+
+    def __init__(self, trainer: BilevelSFTTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trainer.log({"mine": 1.0})
 
 
 def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: int) -> None:
@@ -52,6 +64,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         processing_class=tokenizer,
         peft_config=lora if "value_function" in options and not isinstance(model, PeftModel) else None,
     )
+    trainer.add_callback(LogsOnOne(trainer))
     trainer.train()
     result = {
         "weights": trainer.data_selector.weights(),

@@ -1,10 +1,12 @@
 """Wrong input: each gets an error that names the value and the cure, before training starts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from conftest import prompt_completion_rows
 from datasets import Dataset, DatasetDict
+from trl import pack_dataset
 
 from trl_bilevel import BilevelSFTTrainer
 from trl_bilevel.row_format_checks import check_row_formats
@@ -208,6 +210,41 @@ def test_dropped_rows_are_reported(make_trainer, caplog):
     rows = Dataset.from_list([*ROWS, {"prompt": "long " * 20, "completion": " lost"}])
     make_trainer(train_dataset=rows, max_length=40)
     assert "1 of 25 rows of `train_dataset` have no completion token left" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "validation_dataset"])
+def test_rows_that_are_packed_already_are_refused(make_trainer, name):
+    packed = pack_dataset(Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9], [5, 5]] * 4}), 8)
+    with pytest.raises(ValueError, match=rf"The rows of `{name}` are packed already .* and set `packing=True`"):
+        make_trainer(**{name: packed})
+
+
+def test_pairs_beside_the_text_of_a_row_are_no_pairs(make_trainer, validation_dataset):
+    sides = {side: [side] * len(validation_dataset) for side in ("chosen", "rejected")}
+    pairs = Dataset.from_dict({"prompt": ["p"] * 10, **sides})
+    with pytest.raises(ValueError, match="holds preference pairs"):
+        make_trainer(validation_dataset=pairs)
+    beside = validation_dataset
+    for name, values in sides.items():
+        beside = beside.add_column(name, values)
+    formatted = make_trainer(validation_dataset=beside, formatting_func=lambda row: f"{row['prompt']}!",
+                             completion_only_loss=False)  # fmt: skip
+    text = Dataset.from_dict({"text": validation_dataset["prompt"][:], **sides})
+    plain = make_trainer(train_dataset=Dataset.from_dict({"text": ROWS["prompt"][:]}), validation_dataset=text)
+    for trainer in (formatted, plain):
+        assert len(trainer.validation_dataset) == 10
+        trainer.train()
+
+
+def test_parts_of_a_model_on_each_process_are_refused(make_trainer, build_model):
+    model = build_model()
+    model.config.distributed_config = SimpleNamespace(tp_size=1, pp_size=2)
+    with pytest.raises(ValueError, match="`distributed_config` with pp_size above 1 is not supported"):
+        make_trainer(model=model)
+    sharded = build_model()
+    sharded._is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="`refine_ratio` is not supported with"):
+        make_trainer(model=sharded, refine_ratio=0.5)
 
 
 def test_loss_function_of_the_user_is_refused(make_trainer):

@@ -14,7 +14,7 @@ import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value, load_dataset
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from trl_bilevel.amortized_selector import AmortizedSelector, load_amortized_selector
 from trl_bilevel.cli import main
@@ -289,6 +289,30 @@ def test_head_sees_the_hidden_states_of_the_training_forward(make_trainer, build
         torch.testing.assert_close(pooled[position], hidden[labels != -100].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(row_means, losses)
     assert losses.shape == (4,)
+
+
+def test_amortized_selector_learns_the_excess_loss(make_lora_trainer, monkeypatch):
+    """With a value function, whose adapter begins as the model's: no loss is in excess at first."""
+    trainer = make_lora_trainer(amortized_selector=True, value_function="adapter", max_steps=2)
+    seen = []
+    monkeypatch.setattr(trainer.amortized_selector, "update", lambda *update: seen.append(update))
+    trainer.train()
+    (_, row_means, losses), (_, later_means, later) = seen
+    torch.testing.assert_close(losses, torch.zeros(4), rtol=0, atol=1e-5)
+    assert row_means.min() > 1
+    assert 0 < later.abs().max() < 1 < later_means.min()
+
+
+def test_amortized_selector_of_a_model_with_a_narrow_head(make_trainer, tokenizer):
+    """As `facebook/opt-350m`."""
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=2, ffn_dim=32,
+        num_attention_heads=2, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    trainer = make_trainer(model=OPTForCausalLM(config), amortized_selector=True, max_steps=2)
+    trainer.train()
+    assert np.isfinite(trainer.score(prompt_completion_rows(3))["selector_score"][:]).all()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

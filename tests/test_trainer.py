@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import prompt_completion_rows
@@ -513,6 +514,121 @@ def test_best_model_comes_with_the_weights_of_its_checkpoint(make_trainer, valid
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-6"
     assert torch.equal(trainer.data_selector.logits, load_file(best / "_data_selector.safetensors")["logits"])
+
+
+class _RemovesOptimizers(TrainerCallback):
+    """To save disk."""
+
+    def on_save(self, args, state, control, **kwargs):
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            if folder.name != f"checkpoint-{state.global_step}":
+                for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "_value_function_optimizer.pt"):
+                    (folder / name).unlink(missing_ok=True)
+
+
+def test_best_model_needs_no_state_of_the_optimizer(make_trainer, validation_dataset):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        eval_dataset=validation_dataset, load_best_model_at_end=True, greater_is_better=True, peft_config=lora,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, callbacks=[_RemovesOptimizers()],
+        amortized_selector=True, refine_ratio=0.5, refine_start_step=0, refine_every_steps=1, refine_max_new_tokens=4,
+        refine_discard_flawed=False,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert not (best / "optimizer.pt").exists()
+    # All of that checkpoint, and not of the end
+    assert torch.equal(trainer.data_selector.logits, load_file(best / "_data_selector.safetensors")["logits"])
+    of_the_end = Path(trainer.args.output_dir) / "checkpoint-6"
+    for part, name in ((trainer.value_function, "value_function"), (trainer.amortized_selector, "amortized_selector")):
+        part.save(tmp := best.parent)
+        (file,) = tmp.glob(f"*{name}.safetensors")
+        assert file.read_bytes() == (best / file.name).read_bytes() != (of_the_end / file.name).read_bytes()
+    stored = pyarrow.parquet.read_table(best / "_refined_responses.pq")
+    assert len(trainer.response_store.table()) == len(stored)
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):  # which going on needs
+        make_trainer().train(resume_from_checkpoint=str(best))
+
+
+def test_log_of_one_process_waits_for_nobody(make_trainer):
+    """`trainer.log` within a step writes what it was given; the averages are those of the step."""
+
+    class Logs(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.log({"mine": 1.0})
+
+    gathered = []
+    trainer = make_trainer(callbacks=[Logs()], max_steps=4, logging_steps=2)
+    gather = trainer.accelerator.gather
+    trainer.accelerator.gather = lambda values: gathered.append(trainer.state.global_step) or gather(values)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    assert [("mine" in entry, "training_loss" in entry) for entry in lines] == [
+        (True, False), (True, False), (False, True), (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+    assert set(gathered) <= {2, 4}
+
+
+def test_overridden_loss_adds_to_ours(make_trainer, build_model, tokenizer, train_dataset, validation_dataset):
+    class Adds(BilevelSFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss = loss + 0.0 * outputs.log_probs.sum()
+            return (loss, outputs) if return_outputs else loss
+
+    class Replaces(BilevelSFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return next(model.parameters()).sum()
+
+    plain = make_trainer()
+    plain.train()
+    arguments = {"train_dataset": train_dataset, "validation_dataset": validation_dataset,
+                 "processing_class": tokenizer}  # fmt: skip
+    adds = Adds(build_model(), plain.args, **arguments)
+    adds.train()
+    assert torch.equal(adds.data_selector.logits, plain.data_selector.logits)
+    with pytest.raises(RuntimeError, match=r"overridden without a call of `super\(\).compute_loss"):
+        Replaces(build_model(), plain.args, **arguments).train()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [
+        ("train_dataset", "optimizer_step"),
+        ("train_dataset", "reference_nll"),
+        ("validation_dataset", "bilevel_sample_index"),
+        ("validation_dataset", "optimizer_step"),
+        ("validation_dataset", "reference_nll"),
+    ],
+)
+def test_columns_may_have_names_that_we_use_within(
+    make_trainer, train_dataset, validation_dataset, side, name, is_stream
+):
+    results = []
+    for has_column in (False, True):
+        rows = {"train_dataset": train_dataset, "validation_dataset": validation_dataset}
+        if has_column:
+            rows[side] = rows[side].add_column(name, list(range(len(rows[side]))))
+        options = {}
+        if is_stream:
+            options["sample_id_column"] = "uid"
+            ids = [f"row-{row}" for row in range(24)]
+            rows["train_dataset"] = rows["train_dataset"].add_column("uid", ids).to_iterable_dataset()
+        trainer = make_trainer(**rows, **options, max_steps=3)
+        trainer.train()
+        losses = [entry.get("validation_loss") for entry in trainer.state.log_history]
+        results.append((losses, trainer.data_selector.logits.tolist()))
+    assert results[0] == results[1]
+
+
+def test_prepared_rows_of_one_run_are_trusted_in_another(make_trainer):
+    tokenized = make_trainer().train_dataset
+    training = tokenized.remove_columns("bilevel_sample_index").select(range(8, 24))
+    second = make_trainer(train_dataset=training, validation_dataset=tokenized.select(range(8)))
+    second.train()
+    assert second.state.log_history[0]["validation_loss"] > 0
 
 
 def test_validation_weight_is_logged_as_it_was_used(make_trainer):

@@ -24,6 +24,12 @@ _HIDDEN_UNITS = 128
 _CURE = "Use another checkpoint."
 
 
+def hidden_width(model: Any) -> int:
+    """H of the last hidden states: what the head reads, which some models make narrower than their layers."""
+    head = model.get_output_embeddings()
+    return getattr(head, "in_features", None) or model.config.get_text_config().hidden_size
+
+
 @contextmanager
 def captured_hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
     """Collect the last hidden states, shape (B, L, H), of every forward pass of `model` inside the block."""

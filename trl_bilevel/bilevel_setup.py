@@ -65,8 +65,13 @@ class BilevelSetup(SFTTrainer):
 
     validation_dataset: Dataset
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes, so that all of them must do the same."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers)
+
     def _refuse_unsupported_setup(self) -> None:
-        if self.args.validation_loss_type == "dpo" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self.args.validation_loss_type == "dpo" and self.is_sharded:
             raise ValueError(
                 "`validation_loss_type='dpo'` is not supported with DeepSpeed or FSDP: the reference's likelihoods "
                 "are computed before the model is sharded. Use plain data parallelism, or "
@@ -75,13 +80,22 @@ class BilevelSetup(SFTTrainer):
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` is not supported: it would replace the bilevel objective. Remove it, or override "
-                "`compute_loss`."
+                "`compute_loss` and add to what `super().compute_loss(...)` returns."
             )
         checkpointing = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs or {}
         if self.args.activation_checkpointing and checkpointing.get("selective") and is_peft_model(self.model):
             raise ValueError(
                 "Selective activation checkpointing does not work with a PEFT adapter, whose layers PyTorch's own "
                 "checkpointing runs. Leave out `selective`, or train without `peft_config`."
+            )
+        own = getattr(
+            self.model.config, "distributed_config", None
+        )  # of transformers, which loads a part of the model
+        split = [name for name in ("tp_size", "pp_size", "ep_size") if (getattr(own, name, None) or 1) > 1]
+        if split:
+            raise ValueError(
+                f"`distributed_config` with {', '.join(split)} above 1 is not supported: a row's loss is split over "
+                "processes, or known to one of them only. Use data parallelism only."
             )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
@@ -117,7 +131,7 @@ class BilevelSetup(SFTTrainer):
             is_peft_model(self.model)
             and args.selection_method == "bds"
             and args.selector_optimizer == "mirror_descent"
-            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or args.fp16)
+            and not (self.is_sharded or args.fp16)
             and self.optimizer is None
             and fits_other_parameters(*self._optimizer_recipe())
         )
@@ -135,7 +149,7 @@ class BilevelSetup(SFTTrainer):
                 "`value_function='adapter'` needs a model with a PEFT adapter: without one it would be a second copy "
                 "of the model. Pass `peft_config=LoraConfig(...)`, or use `value_function='none'`."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
+        if self.is_sharded or self.args.fp16:
             raise ValueError(
                 "`value_function='adapter'` is not supported with DeepSpeed, FSDP or fp16, which move or scale the "
                 "adapter's parameters and gradients. Use plain data parallelism and bf16, or `value_function='none'`."
@@ -161,7 +175,7 @@ class BilevelSetup(SFTTrainer):
 
     def _build_refiner(self, reward_funcs: list[RewardFunc]) -> Refiner:
         args = self.args
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_sharded:
             raise ValueError(
                 "`refine_ratio` is not supported with DeepSpeed or FSDP yet: a process cannot generate with a model "
                 "that is spread over others. Use plain data parallelism, or `refine_ratio=0`."

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .amortized_selector import AmortizedSelector
+from .amortized_selector import AmortizedSelector, hidden_width
 from .bilevel_setup import BilevelSetup, check_arguments
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
@@ -123,11 +123,11 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             args = BilevelSFTConfig(f"{model_id.split('/')[-1]}-BilevelSFT")
         elif not isinstance(args, BilevelSFTConfig):
             args = BilevelSFTConfig.from_training_arguments(args)
-        check_datasets(train_dataset, validation_dataset, args.validation_loss_type)
         sft_arguments = signature(SFTTrainer).bind_partial(
             model, args, data_collator, train_dataset, *sft_args, **sft_kwargs
         )
         has_formatting_func = sft_arguments.arguments.get("formatting_func") is not None
+        check_datasets(train_dataset, validation_dataset, args, has_formatting_func)
         check_row_formats(train_dataset, validation_dataset, args, has_formatting_func)
         self._know_the_rows(train_dataset, args, data_selector)
         if isinstance(data_selector, (str, os.PathLike)):
@@ -199,8 +199,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         self.value_function = self._build_value_function() if has_value_function else None
         self.amortized_selector = None
         if args.amortized_selector:
-            hidden_size = self.model.config.get_text_config().hidden_size
-            self.amortized_selector = AmortizedSelector(hidden_size, args.seed)
+            # Of the last hidden states, which a model may project down before its head
+            self.amortized_selector = AmortizedSelector(hidden_width(self.model), args.seed)
 
     def _prepare_refinement(self, reward_funcs: list[RewardFunc]) -> None:
         args = self.args
@@ -242,7 +242,17 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self._weight_history.stop_clock()
 
     # ---- Logs ----
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._collect_metrics()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._collect_metrics()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _collect_metrics(self) -> None:
+        """For the next line of the log, from all processes; `log` may be called by one of them alone."""
         if self.model.training:
             metrics = self._training_metrics.pop(self.accelerator.gather)
             if metrics:
@@ -259,7 +269,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
                 if self._sources is not None and len(self._sources.names) <= _MAX_LOGGED_SOURCES:
                     metrics |= {f"source_weight/{name}": value for name, value in self.source_weights().items()}
             self._metrics["train"].update({name: [value] for name, value in metrics.items()})
-        super().log(logs, start_time)
 
     # ---- Results and checkpoints ----
     def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:

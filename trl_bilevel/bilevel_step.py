@@ -36,7 +36,7 @@ from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import SampleId, StreamedSelector
 from .training_metrics import RowCounts, TrainingMetrics, count_input_tokens, sum_tokens
 from .value_function import ValueFunction
-from .zero_gradients import ZeroGradients
+from .zero_gradients import ZeroGradients, loss_of_nothing
 
 
 logger = get_logger(__name__)
@@ -246,7 +246,11 @@ class BilevelStep(RowGathering):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row."""
+        """
+        The model's level: lambda * L_val + (1 - lambda) * L_train(w), one forward pass over both kinds of row.
+
+        With `return_outputs` also their [`~trl_bilevel.losses.RowOutputs`].
+        """
         if STEP_ROWS not in inputs:  # evaluation
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -296,7 +300,7 @@ class BilevelStep(RowGathering):
             ),
             RowCounts(rows.num_training, rows.num_filtered, num_nonfinite, rows.num_refined),
         )
-        return loss
+        return (loss, outputs) if return_outputs else loss
 
     def _forward_and_pool(
         self, model: torch.nn.Module, inputs: dict[str, Any], rows: StepRows
@@ -376,13 +380,13 @@ class BilevelStep(RowGathering):
                 (coefficients * losses.nll).sum().backward()
 
     def _update_selector(self) -> None:
-        losses = row_means = self._gather_rows(torch.cat(self._step_row_means))
+        losses = row_means = self._gather_batches(self._step_row_means)
         if self.value_function is not None:
             # excess loss: l_i(theta) - l_i(theta-hat)
-            losses = row_means - self._gather_rows(torch.cat(self._step_value_means))
+            losses = row_means - self._gather_batches(self._step_value_means)
         self._selection.update(self.data_selector, self._step_sample_indices, row_means, losses)
         if self.amortized_selector is not None:
-            self.amortized_selector.update(self._gather_rows(torch.cat(self._step_pooled)), row_means, losses)
+            self.amortized_selector.update(self._gather_batches(self._step_pooled), row_means, losses)
 
     def _forward(
         self, model: torch.nn.Module, inputs: dict[str, Any], layout: BatchLayout
@@ -393,7 +397,4 @@ class BilevelStep(RowGathering):
 
     def _zero_loss(self, outputs: RowOutputs) -> torch.Tensor:
         """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return self._zero_gradients.loss(outputs.log_probs)
-        empty = [parameter.flatten()[:0] for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.cat([values.float() for values in empty]).sum()
+        return self._zero_gradients.loss(outputs.log_probs) if self.is_sharded else loss_of_nothing(self.model)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import zlib
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 MANIFEST_FILE_NAME = "_checkpoint_files.json"
 LAST_INTACT = "last_intact"
 """Value of `resume_from_checkpoint`: the newest checkpoint whose files are all as they were written."""
+ONLY_TO_RESUME = ("*optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+"""Files of a checkpoint that tell nothing of its model and weights."""
 _FORMAT_VERSION = "1"
 _CHECKSUM_UP_TO = 2**28  # bytes: of larger files only the size is compared, or a checkpoint would take minutes
 _IN_PROGRESS = "checkpoint-is-incomplete.txt"  # of Trainer, while it saves on SIGTERM
@@ -70,12 +73,13 @@ def remove_manifest(directory: str | os.PathLike) -> None:
     (Path(directory) / MANIFEST_FILE_NAME).unlink(missing_ok=True)
 
 
-def find_problem(directory: str | os.PathLike) -> tuple[CheckpointState, str]:
+def find_problem(directory: str | os.PathLike, not_needed: tuple[str, ...] = ()) -> tuple[CheckpointState, str]:
     """
     Whether a checkpoint can be resumed from.
 
     Args:
         directory (`str` or `os.PathLike`): an existing folder.
+        not_needed (`tuple[str]`): patterns of files that are not looked at.
 
     Returns:
         `tuple[str, str]`: `"whole"`; or `"torn"`, if its writing was interrupted; or `"damaged"`, if a file is not as
@@ -93,6 +97,8 @@ def find_problem(directory: str | os.PathLike) -> tuple[CheckpointState, str]:
         files: dict[str, Any] = json.loads(path.read_text())["files"]
         for name, expected in files.items():
             file = folder / name
+            if any(fnmatch(name, pattern) for pattern in not_needed):
+                continue
             if not file.is_file():
                 return "damaged", f"{file} is missing"
             size = file.stat().st_size
@@ -105,14 +111,18 @@ def find_problem(directory: str | os.PathLike) -> tuple[CheckpointState, str]:
     return "whole", ""
 
 
-def check_checkpoint(directory: str | os.PathLike) -> None:
+def check_checkpoint(directory: str | os.PathLike, not_needed: tuple[str, ...] = ()) -> None:
     """
     Refuse a checkpoint that is not whole.
+
+    Args:
+        directory (`str` or `os.PathLike`): an existing folder.
+        not_needed (`tuple[str]`): patterns of files that are not looked at.
 
     Raises:
         `ValueError`: names the file and the cure.
     """
-    state, why = find_problem(directory)
+    state, why = find_problem(directory, not_needed)
     if state == "torn":
         raise ValueError(
             f"{why}. Resume from an earlier one: `resume_from_checkpoint=True` takes the newest that is whole."

@@ -16,6 +16,7 @@ from .amortized_selector import AMORTIZED_SELECTOR_FILE_NAME, AmortizedSelector
 from .bilevel_sft_config import BilevelSFTConfig
 from .checkpoint_files import (
     LAST_INTACT,
+    ONLY_TO_RESUME,
     check_checkpoint,
     find_checkpoint,
     is_checkpoint,
@@ -231,7 +232,7 @@ class Checkpointing(SFTTrainer):
                 value.data = value.data.to(dtypes[name])
 
     def _load_best_model(self) -> None:
-        check_checkpoint(self.state.best_model_checkpoint)
+        check_checkpoint(self.state.best_model_checkpoint, not_needed=ONLY_TO_RESUME)
         with self._dtypes_kept():
             super()._load_best_model()
         for part in (self.value_function, self.amortized_selector):

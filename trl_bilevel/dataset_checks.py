@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from pandas.util import hash_pandas_object
 
-from .bilevel_sft_config import BilevelSFTConfig, ValidationLossType
+from .bilevel_sft_config import BilevelSFTConfig
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
 from .parquet_files import read_column, read_pieces
@@ -25,10 +25,15 @@ logger = get_logger(__name__)
 _ROWS_PER_PIECE = 10_000
 
 
-def check_datasets(training: Any, validation: Any, validation_loss_type: ValidationLossType = "nll") -> None:
+def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_formatting_func: bool) -> None:
     """
     Check that both datasets are there, textual, not empty, and of kinds that fit each other; that of the validation
     rows map-style.
+
+    Args:
+        training, validation: what the user passed.
+        args ([`~trl_bilevel.BilevelSFTConfig`]): which column is read, and the kind of validation loss.
+        has_formatting_func (`bool`): whether the user's own function makes text of the rows, of any columns.
 
     Raises:
         `TypeError`: for something that is not a `datasets.Dataset`.
@@ -50,6 +55,11 @@ def check_datasets(training: Any, validation: Any, validation_loss_type: Validat
         if not is_stream and len(dataset) == 0:
             raise ValueError(f"`{name}` is empty. Pass a dataset with at least one batch of rows.")
         columns[name] = stream_column_names(dataset) if is_stream else dataset.column_names
+        if {"input_ids", "seq_lengths"} <= set(columns[name]):
+            raise ValueError(
+                f"The rows of `{name}` are packed already (columns 'input_ids' and 'seq_lengths'), and each row has "
+                "a weight of its own. Pass them as they were before packing, and set `packing=True`."
+            )
         images = {"image", "images"} & set(columns[name])
         if images:
             raise ValueError(
@@ -58,20 +68,23 @@ def check_datasets(training: Any, validation: Any, validation_loss_type: Validat
             )
     training_columns, validation_columns = columns["train_dataset"], columns["validation_dataset"]
     missing_sides = [side for side in ("chosen", "rejected") if side not in validation_columns]
-    if validation_loss_type == "dpo" and missing_sides:
+    if args.validation_loss_type == "dpo" and missing_sides:
         raise ValueError(
             "`validation_loss_type='dpo'` needs preference pairs, but `validation_dataset` has no column "
             f"{missing_sides[0]!r}; its columns are {validation_columns}. Add it, or use "
             "`validation_loss_type='nll'`."
         )
-    if validation_loss_type == "nll" and not missing_sides and "completion" not in validation_columns:
+    has_text = has_formatting_func or bool(
+        {"input_ids", "messages", "completion", args.dataset_text_field} & set(validation_columns)
+    )
+    if args.validation_loss_type == "nll" and not missing_sides and not has_text:
         raise ValueError(
             "`validation_dataset` holds preference pairs (columns 'chosen' and 'rejected'). Set "
             "`validation_loss_type='dpo'`, or rename 'chosen' to 'completion'."
         )
     for column, kind in (("input_ids", "tokenized"), ("completion", "prompt-completion")):
         in_training, in_validation = column in training_columns, column in validation_columns
-        if validation_loss_type == "nll" and in_training != in_validation:
+        if args.validation_loss_type == "nll" and in_training != in_validation:
             raise ValueError(
                 f"`train_dataset` and `validation_dataset` must both be {kind} datasets, or neither, so that both "
                 f"losses cover the same tokens. Their columns are {training_columns} and "

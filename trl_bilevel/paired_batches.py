@@ -35,6 +35,12 @@ ROW_LENGTHS = "row_lengths"
 """Batch key: list of int, tokens of each sequence where all of them follow one another in one (padding-free)."""
 OPTIMIZER_STEP = "optimizer_step"
 """Key of a training row on its way to the collator: the step that trains on it, from 0."""
+_OURS = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL, OPTIMIZER_STEP)
+
+
+def without_our_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """A prepared row of the user's, who may have columns of the names by which the collator knows its rows."""
+    return {name: value for name, value in row.items() if name not in _OURS}
 
 
 def add_sample_indices(dataset: Dataset) -> Dataset:
@@ -241,7 +247,7 @@ class PairedDataset(TorchDataset):
         """The rows of a batch, training rows first; PyTorch's fetcher calls this once per batch."""
         training = [(row, index.step) for index in indices for row in _unpacked(index.training, self.packed_training)]
         training_rows = [
-            {**row, SAMPLE_INDEX_COLUMN: int(self.sample_indices[number]), OPTIMIZER_STEP: step}
+            {**without_our_keys(row), SAMPLE_INDEX_COLUMN: int(self.sample_indices[number]), OPTIMIZER_STEP: step}
             for (number, step), row in zip(
                 training, self.training.__getitems__([number for number, _ in training]), strict=True
             )
@@ -255,7 +261,9 @@ class PairedDataset(TorchDataset):
 def read_validation_rows(validation: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
     """Prepared validation rows by their numbers; of preference pairs two rows each."""
     rows = validation.__getitems__(numbers) if numbers else []
-    return [row for pair in rows for row in split_pair(pair)] if is_paired(validation) else rows
+    if is_paired(validation):
+        return [row for pair in rows for row in split_pair(pair)]
+    return [without_our_keys(row) for row in rows]
 
 
 def _unpacked(item: int, packed: PackedRows | None) -> list[int]:
@@ -292,8 +300,7 @@ class PairedCollator:
         sample_indices = [row[SAMPLE_INDEX_COLUMN] for row in rows if SAMPLE_INDEX_COLUMN in row]
         reference_nll = [row[REFERENCE_NLL] for row in rows if REFERENCE_NLL in row]
         steps = [row[OPTIMIZER_STEP] for row in rows if OPTIMIZER_STEP in row]
-        ours = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL, OPTIMIZER_STEP)
-        rows = [{name: value for name, value in row.items() if name not in ours} for row in rows]
+        rows = [without_our_keys(row) for row in rows]
         num_training = len(sample_indices)
         row_of_sequence = list(range(num_training))
         log_probs: list[list[float]] = [[]] * num_training

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from .paired_batches import SAMPLE_INDEX_COLUMN, ValidationStream, num_validation_rows, read_validation_rows
+from .paired_batches import (
+    SAMPLE_INDEX_COLUMN,
+    ValidationStream,
+    num_validation_rows,
+    read_validation_rows,
+    without_our_keys,
+)
 from .streamed_selector import ConsumedRows, SampleId
 
 
@@ -98,7 +104,9 @@ class PairedStream(TorchIterableDataset):
                     )
             start = stop
             stop = num_validation_rows(position + 1, self.training_batch_size, self.validation_batch_size)
-            kept = row if self.columns is None else {name: row[name] for name in row if name in self.columns}
+            kept = without_our_keys(row)
+            if self.columns is not None:
+                kept = {name: value for name, value in kept.items() if name in self.columns}
             yield StreamedPair({**kept, SAMPLE_INDEX_COLUMN: sample_id}, self.validation_stream.rows(start, stop))
 
     def _rows(self) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,15 @@ class RowGathering(SFTTrainer):
         parts = self.accelerator.gather(padded.to(self.accelerator.device)).cpu().split(most)
         return torch.cat([part[:count] for part, count in zip(parts, self._step_row_counts, strict=True)])
 
+    def _gather_batches(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """The same, of the micro-batches of the step."""
+        if not values:
+            raise RuntimeError(
+                "`compute_loss` was overridden without a call of `super().compute_loss(...)`, by which the rows' "
+                "losses are known. Call it, and add to what it returns."
+            )
+        return self._gather_rows(torch.cat(values))
+
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.accelerator.device)).cpu()
 
