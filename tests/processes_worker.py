@@ -38,7 +38,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = build_tiny_model("llama", tokenizer)
     if options.pop("has_own_adapter", False):  # from an unseeded generator in each process
-        torch.manual_seed(int(os.environ["RANK"]))
+        torch.manual_seed(int(os.environ.get("RANK", "0")))
         model = get_peft_model(model, lora)
     trainer = BilevelSFTTrainer(
         model=model,
@@ -51,7 +51,7 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
             logging_steps=1,
             bf16=False,
             use_cpu=True,
-            ddp_backend="gloo",
+            ddp_backend="gloo" if "RANK" in os.environ else None,
             activation_checkpointing=False,
             report_to="none",
             save_strategy="no",

@@ -236,14 +236,17 @@ def test_every_command_reads_its_options_from_a_file(run_dir, tmp_path, hub):
     ],
 )
 def test_pipe_in_any_locale(run_dir, tmp_path, environment):
-    result = _run(COMMAND, "curate", str(run_dir), "--output_dir", str(tmp_path / "cut"), **environment)
+    page = tmp_path / "page.html"
+    commands = (
+        ["curate", str(run_dir), "--output_dir", str(tmp_path / "cut")],
+        ["report", str(run_dir), "--output", str(page)],
+    )
+    both = f"from trl_bilevel.cli import main; assert not any([main(command) for command in {commands!r}])"
+    result = _run(sys.executable, "-c", both, **environment)  # one start for both
     assert result.returncode == 0, result.stderr
     assert b"\x1b" not in result.stdout + result.stderr
     assert b"Curated dataset of 24 rows saved" in result.stdout
     assert pq.read_table(tmp_path / "cut" / "train.parquet")["prompt"].to_pylist()[-1] == HOSTILE
-    page = tmp_path / "page.html"
-    result = _run(COMMAND, "report", str(run_dir), "--output", str(page), **environment)
-    assert result.returncode == 0, result.stderr
     assert "Ünïcödé 🧹" in page.read_text(encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ def _inject(*options):
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts what Linux does with files")
 def test_faults_at_random_moments():
     assert _inject("--num_faults", "2", "--faults_per_run", "2", "--max_steps", "6",
-                   "--kinds", "BDS, value function", "BDS, refinement") == 2 * 4 * 2  # fmt: skip
+                   "--kinds", "BDS, refinement") == 2 * 4  # fmt: skip
 
 
 @pytest.mark.slow

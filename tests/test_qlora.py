@@ -1,7 +1,7 @@
 """QLoRA as it is used: nf4 with double quantization, bf16, activation checkpointing, paged optimizers."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -183,20 +183,20 @@ def test_memory_estimate_is_what_a_run_holds(make_qlora_trainer, tokenizer, tmp_
     assert inputs == 2 * (2 * 4 * trainer.args.max_length) * 512 * 2  # layers, tokens, width, bytes
 
 
-def test_example_on_a_tiny_model(base, tmp_path):
+def test_example_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     prompt_completion_rows(48).to_parquet(tmp_path / "mixture" / "train.parquet")
     prompt_completion_rows(16, 1000).to_parquet(tmp_path / "trusted" / "train.parquet")
-    command = [sys.executable, str(EXAMPLE), "--model_name_or_path", base]
-    result = subprocess.run([*command, "--estimate_only", "--output_dir", str(tmp_path / "out"), "--use_cpu"],
-                            capture_output=True, text=True, timeout=200, check=False)  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "their optimizers' states, 8 bit" in result.stdout
+    command = [str(EXAMPLE), "--model_name_or_path", base]
+    monkeypatch.setattr(sys, "argv", [*command, "--estimate_only", "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "their optimizers' states, 8 bit" in capsys.readouterr().out
     assert not (tmp_path / "out" / "curated").exists()
     options = ["--dataset_name", str(tmp_path / "mixture"), "--validation_dataset_name", str(tmp_path / "trusted")]
     options += ["--output_dir", str(tmp_path / "out"), "--max_length", "80", "--gradient_accumulation_steps", "2"]
     options += ["--max_steps", "3", "--use_cpu", "--report_to", "none"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200, check=False)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     curated = load_dataset(str(tmp_path / "out" / "curated"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(curated) == 34
