@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from fault_methods import EQUAL_WEIGHTS_OPTIONS
+from fault_methods import EQUAL_WEIGHTS_OPTIONS, PUBLIC_CODES_OPTIONS
 from judge import generate_replies, without_thoughts
 from method_names import (
     BMO,
@@ -19,6 +19,7 @@ from method_names import (
     FIRST_ROUND,
     MIXED,
     NO_VALUE_FUNCTION,
+    PUBLIC_CODES,
     SECOND_ROUND,
     SFT,
     TRUSTED,
@@ -51,6 +52,7 @@ SFT_ROWS: dict[str, Callable[[Problem], Dataset]] = {
 }
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
     EQUAL_WEIGHTS: EQUAL_WEIGHTS_OPTIONS,
+    PUBLIC_CODES: PUBLIC_CODES_OPTIONS,
     BMO: {"selection_method": "bmo"},
     NO_VALUE_FUNCTION: {"value_function": "none"},
     FIRST_ROUND: {},

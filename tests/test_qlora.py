@@ -188,7 +188,7 @@ def test_example_on_a_tiny_model(base, tmp_path, monkeypatch, capsys):
     prompt_completion_rows(16, 1000).to_parquet(tmp_path / "trusted" / "train.parquet")
     command = [str(EXAMPLE), "--model_name_or_path", base]
     monkeypatch.setattr(sys, "argv", [*command, "--estimate_only", "--output_dir", str(tmp_path / "out"), "--use_cpu"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert "their optimizers' states, 8 bit" in capsys.readouterr().out
     assert not (tmp_path / "out" / "curated").exists()
