@@ -162,8 +162,9 @@ def test_cut_is_proposed_where_a_row_has_proved_good(make_trainer, tmp_path, mon
         monkeypatch.chdir(Path(trainer.args.output_dir) / "checkpoint-6")
         assert main(["curate", ".", "--output_dir", str(tmp_path / str(rate))]) == 0
         printed = capsys.readouterr().out
-        assert "rows have proved good" in printed
-        assert ("--keep_ratio" in printed) == proposed
+        num_good = int(trainer.data_selector.proved_good.sum())
+        assert f" {num_good} rows have proved good" in printed
+        assert (f": --keep_ratio {num_good / 24:.3g} keeps about as many" in printed) == proposed
         assert main(["report", ".", "--output", str(tmp_path / "report.html")]) == 0
         assert ("keeps about as many" in (tmp_path / "report.html").read_text()) == proposed
 

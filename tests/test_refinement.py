@@ -492,7 +492,7 @@ def test_metrics_count_every_response():
     assert all(np.isfinite(list(refresh_metrics(_table()).values())))
 
 
-def test_restart_forgets_what_spoke_against_an_answer():
+def test_restart_forgets_what_spoke_against_an_answer(tmp_path):
     selector = DataSelector(6, activation="sigmoid", prior=0.2, centered=False)
     selector.update(torch.arange(6), torch.tensor([3.0, -3.0, 2.0, -2.0, 1.0, -1.0]))
     before = selector.logits
@@ -501,6 +501,10 @@ def test_restart_forgets_what_spoke_against_an_answer():
     assert torch.equal(selector.logits[1:], before[1:])  # a good row keeps its weight
     assert selector.scored.all()
     assert selector.judged.tolist() == [False, False, True, True, True, True]
+    selector.save(tmp_path, "rows")
+    again = DataSelector(6, activation="sigmoid", prior=0.2, centered=False)
+    again.load(tmp_path, "rows")
+    assert torch.equal(again.judged, selector.judged)
     selector.update(torch.tensor([0]), torch.tensor([0.1]))
     assert selector.judged[0]
     assert selector.weights().mean().item() == pytest.approx(1, abs=1e-6)

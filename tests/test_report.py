@@ -168,7 +168,7 @@ def test_numbers_are_those_of_curate(bds_run):
     assert by_source == expected
     assert "Finished: step 6 of 6." in page
     assert "trl-bilevel curate --keep_ratio 0.4" in page
-    assert "0 rows have proved good" in page  # no source's logit has risen above the prior's
+    assert "keeps them. 0 rows have proved good" in page  # no source's logit has risen above the prior's
     tokens = read_log(bds_run).last("num_tokens")
     cost = dict(cells for _, cells in page.rows("cost"))
     assert cost["optimizer steps"] == "6 of 6"

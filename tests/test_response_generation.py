@@ -1,6 +1,7 @@
 """What the model is asked, what it answers, and that training is left as it was."""
 
 import copy
+import inspect
 from importlib import resources
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import prompt_completion_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import processors
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_bilevel import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
 from trl_bilevel.random_state import batch_seed
@@ -416,6 +418,7 @@ def test_vllm_is_wired_as_in_trl(monkeypatch, build_model, tokenizer):
     model = build_model()
     generator = VLLMGenerator(model, "accelerator", tokenizer, [1, 3], config, batch_size=16)
     options = generator.vllm.options
+    assert set(options) <= set(inspect.signature(VLLMGeneration.__init__).parameters)  # of the real one
     assert options["model"] is model
     assert (options["mode"], options["server_base_url"]) == ("server", "http://127.0.0.1:8000")
     assert (options["temperature"], options["top_p"], options["max_completion_length"]) == (0.6, 0.9, 8)
@@ -445,18 +448,22 @@ def test_vllm_gets_no_longer_sequences_and_no_more_trust_than_the_options_say(
     assert all(len(q.prompt_ids) + trainer.refiner._room(q) <= limit for q in kept)
 
 
-def test_vllm_options_exist_in_trl():
-    """The real bridge's constructor takes every option by the name it is given."""
-    import inspect
+def test_vllm_has_the_weights_of_the_moment(monkeypatch, make_trainer, tokenizer):
+    def generate(vllm, prompts, images, num_generations):
+        vllm.calls.append(len(prompts))
+        return prompts, [[5, tokenizer.eos_token_id]] * len(prompts), None, None
 
-    from trl.generation.vllm_generation import VLLMGeneration
+    monkeypatch.setattr("trl_bilevel.response_generation.VLLMGeneration", _FakeVLLM)
+    monkeypatch.setattr(_FakeVLLM, "generate", generate)
+    trainer = make_trainer(
+        use_vllm=True, refine_ratio=0.5, refine_start_step=0, refine_every_steps=2, refine_discard_flawed=False,
+        refine_batch_size=12,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.refiner.generator.vllm.calls == ["sync", 12] * 3
 
-    given = {
-        "model", "accelerator", "processing_class", "mode", "server_base_url", "server_timeout", "group_port",
-        "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode",
-        "temperature", "top_p", "max_completion_length", "logprobs", "generation_kwargs", "trust_remote_code",
-    }  # fmt: skip
-    assert given <= set(inspect.signature(VLLMGeneration.__init__).parameters)
+
+def test_vllm_methods_exist_in_trl():
     assert {"prompts", "images", "num_generations"} <= set(inspect.signature(VLLMGeneration.generate).parameters)
 
 

@@ -83,7 +83,7 @@ def test_refined_answers_replace_the_originals(make_sft, workers):
             answers = [r["completion_ids"] for r in table if tuple(r["prompt_ids"]) == prompt and r["step"] < step]
             if prompt not in refined or step < 3:
                 assert completion == originals[prompt]
-            elif step >= 6 + 12 * (workers > 0):  # what workers had collated by then is used up
+            elif step >= 6 + 3 * (workers > 0):  # what workers had collated by then is used up
                 assert completion in answers
     assert any(completion != originals[prompt] for prompt, completion in batches[-1].items())
     refreshes = [entry for entry in trainer.state.log_history if "refine/questions" in entry]
