@@ -111,10 +111,13 @@ class SeedFiles(NamedTuple):
         return self.folder / f"base_model{own.suffix}"
 
     def write_result(self, method: str, result: dict[str, float], scores: np.ndarray) -> None:
+        """A result that is there stays as it is: its ranking alone was missing."""
         partial = self.scores(method).with_suffix(".npy.partial")
         with partial.open("wb") as file:
             np.save(file, scores)
         os.replace(partial, self.scores(method))
+        if self.result(method).is_file():
+            return
         partial = self.result(method).with_suffix(".json.partial")
         partial.write_text(json.dumps(result))
         os.replace(partial, self.result(method))

@@ -203,7 +203,8 @@ def _run(name: str, setup: Setup, folder: Path, on_progress: Callable[[str], Non
     result["auroc"] = area_under_roc(ranking, setup.problem.good)
     result["kept_good"] = precision_among_kept(ranking, setup.problem.good)
     np.save(_ranking_file(folder, name), ranking)
-    write_whole(_result_file(folder, name), lambda unfinished: unfinished.write_text(json.dumps(result)))
+    if not _result_file(folder, name).is_file():  # one that is there stays: its ranking alone was missing
+        write_whole(_result_file(folder, name), lambda unfinished: unfinished.write_text(json.dumps(result)))
 
 
 def _needs(name: str) -> tuple[str, ...]:

@@ -23,8 +23,8 @@ def collect(folder: Path, file: Path, names: re.Pattern[str]) -> int:
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         if names.fullmatch(name):
-            measures = json.loads(path.read_text())
-            results.setdefault(name, {key: round(value, 6) for key, value in measures.items()})
+            found = {key: round(value, 6) for key, value in json.loads(path.read_text()).items()}
+            results[name] = found | results.get(name, {})
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")

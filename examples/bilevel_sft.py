@@ -7,6 +7,7 @@ accelerate launch examples/bilevel_sft.py \
     --dataset_name me/mixture \
     --validation_dataset_name me/trusted \
     --use_peft \
+    --learning_rate 2e-4 \
     --output_dir Qwen3-0.6B-BilevelSFT
 ```
 """
@@ -22,6 +23,7 @@ from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer  # was: from trl imp
 @dataclass
 class ExampleArguments(ScriptArguments):
     validation_dataset_name: str = ""  # new: rows you trust
+    keep_ratio: float = 0.7  # new: share of the rows in the curated dataset
 
 
 if __name__ == "__main__":
@@ -46,9 +48,10 @@ if __name__ == "__main__":
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
-        trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")  # new
+        curated = trainer.curate(script_args.keep_ratio)  # new
+        curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     trainer.end()

@@ -50,12 +50,14 @@ if __name__ == "__main__":
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
+        train_dataset=load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+        ),
         validation_dataset=load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.push_curated_dataset(
         script_args.repo_id, keep_ratio=script_args.published_ratio, license=script_args.license
     )

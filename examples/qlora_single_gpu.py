@@ -9,7 +9,8 @@ accelerate launch examples/qlora_single_gpu.py \
     --output_dir Qwen3-8B-BilevelSFT
 ```
 
-`--estimate_only` prints the estimate and stops; it needs the model's configuration only, and no GPU:
+`--estimate_only` prints the estimate and stops; it needs the model's configuration only. Without a GPU add
+`--use_cpu`:
 
 | Qwen3-8B, 2 + 2 sequences of 2,048 tokens | GiB |
 |---|---|
@@ -51,6 +52,7 @@ class ExampleArguments(ScriptArguments):
     model_name_or_path: str = "Qwen/Qwen3-8B"
     validation_dataset_name: str = ""  # rows you trust
     lora_r: int = 16
+    keep_ratio: float = 0.7  # share of the rows in the curated dataset
     estimate_only: bool = False  # print what the memory goes to, and stop
 
 
@@ -80,7 +82,8 @@ def estimate_memory(config: PreTrainedConfig, lora: LoraConfig, args: BilevelSFT
         largest = max(layer.weight.numel() for layer in linears)
         adapted = get_peft_model(model, deepcopy(lora))  # which writes into its configuration
     num_trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
-    num_tokens = 2 * args.per_device_train_batch_size * (args.max_length or 0)  # training and trusted rows
+    num_trusted = args.per_device_validation_batch_size or args.per_device_train_batch_size
+    num_tokens = (args.per_device_train_batch_size + num_trusted) * (args.max_length or 0)
     layers = config.get_text_config()
     # Each linear layer keeps its input and output; the MLP its activation and product, too
     widths = sum(layer.in_features + layer.out_features for layer in linears) / layers.num_hidden_layers
@@ -139,10 +142,10 @@ if __name__ == "__main__":
         ),
         peft_config=peft_config,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if torch.cuda.is_available():
         print(f"Peak of the GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
-        trainer.curate(keep_ratio=0.7).to_parquet(f"{training_args.output_dir}/curated/train.parquet")
+        trainer.curate(script_args.keep_ratio).to_parquet(f"{training_args.output_dir}/curated/train.parquet")
     trainer.end()

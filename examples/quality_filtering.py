@@ -43,16 +43,20 @@ if __name__ == "__main__":
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
+        train_dataset=load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+        ),
         validation_dataset=load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 
     for source, weight in trainer.source_weights().items():  # the highest first
-        print(f"{weight:8.4f}  {'kept' if weight >= script_args.min_source_weight else 'dropped':8} {source}")
+        trainer.accelerator.print(
+            f"{weight:8.4f}  {'kept' if weight >= script_args.min_source_weight else 'dropped':8} {source}"
+        )
     curated = trainer.curate().filter(lambda row: row["weight"] >= script_args.min_source_weight)
     if trainer.is_world_process_zero():
         curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")

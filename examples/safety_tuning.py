@@ -44,21 +44,25 @@ if __name__ == "__main__":
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
+        train_dataset=load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+        ),
         validation_dataset=load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 
     accuracies = [entry["rewards/accuracies"] for entry in trainer.state.log_history if "rewards/accuracies" in entry]
-    print(f"Trusted pairs in the right order: {accuracies[0]:.0%} at first, {accuracies[-1]:.0%} in the end.")
+    trainer.accelerator.print(
+        f"Trusted pairs in the right order: {accuracies[0]:.0%} at first, {accuracies[-1]:.0%} in the end."
+    )
     scored = trainer.curate()
-    print("The rows that count least; read them before you drop any:")
+    trainer.accelerator.print("The rows that count least; read them before you drop any:")
     worst = [number for number, rank in enumerate(scored["rank"]) if rank > len(scored) - 5]
     for row in scored.select(worst):
-        print(f"{row['weight']:.3f}  {row.get('prompt') or row['messages']!r}")
+        trainer.accelerator.print(f"{row['weight']:.3f}  {row.get('prompt') or row['messages']!r}")
     curated = trainer.curate(keep_ratio=script_args.keep_ratio)
     if trainer.is_world_process_zero():
         curated.to_parquet(f"{training_args.output_dir}/curated/train.parquet")

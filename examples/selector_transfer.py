@@ -29,13 +29,17 @@ class ExampleArguments(ScriptArguments):
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, BilevelSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
+    if training_args.resume_from_checkpoint is not None:
+        raise ValueError("There are two runs: go on with one of them by `trl-bilevel sft --resume_from_checkpoint`.")
     loading = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
     datasets = {
-        "train_dataset": load_dataset(script_args.dataset_name, split=script_args.dataset_train_split),
+        "train_dataset": load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+        ),
         "validation_dataset": load_dataset(script_args.validation_dataset_name, split=script_args.dataset_train_split),
     }
 

@@ -8,6 +8,7 @@ accelerate launch examples/self_refining.py \
     --validation_dataset_name me/trusted \
     --refine_ratio 0.1 \
     --use_peft \
+    --learning_rate 2e-4 \
     --output_dir Qwen3-0.6B-SelfRefining
 ```
 """
@@ -49,7 +50,7 @@ if __name__ == "__main__":
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 
     curated = trainer.curate()
@@ -64,5 +65,6 @@ if __name__ == "__main__":
         answer = row.get("completion") or row["messages"][-1]["content"]
         cells = [Text(str(cell)) for cell in (question, row["original_completion"], answer)]  # rows are not markup
         table.add_row(*cells, f"{row['weight']:.2f}")
-    Console().print(table)
+    if trainer.is_world_process_zero():
+        Console().print(table)
     trainer.end()

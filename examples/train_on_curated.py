@@ -46,7 +46,9 @@ if __name__ == "__main__":
         **(training_args.model_init_kwargs or {}),
     }
 
-    curated = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+    curated = load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, split=script_args.dataset_train_split
+    )
     num_kept = round(script_args.keep_ratio * len(curated))
     curated = curated.filter(lambda row: row["scored"] and row["rank"] <= num_kept)  # 1 is the best rank
 
@@ -57,5 +59,5 @@ if __name__ == "__main__":
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

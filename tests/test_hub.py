@@ -720,7 +720,9 @@ def test_options_that_decide_are_in_card_and_report(hub, make_trainer, tmp_path)
     for name, value in (("max_length", None), ("optim_args", "x=1"), ("router_aux_loss_coef", 0.0)):
         assert f"| `{name}` | `{value}` |" in text
         assert html.escape(f"{name} = {json.dumps(value)}", quote=False) in html.unescape(report)
-    assert json.loads(trainer._run_facts["options"]["lr_scheduler_kwargs"]) == schedule
+    assert trainer._run_facts["options"]["lr_scheduler_kwargs"] == schedule
+    assert "lr_scheduler_kwargs = " + json.dumps(schedule) in html.unescape(report)
+    assert f"--lr_scheduler_kwargs '{json.dumps(schedule)}'" in text
     assert "--max_length" not in text  # which takes no `None`
 
 

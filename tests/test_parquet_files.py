@@ -106,7 +106,7 @@ def test_selected_rows_are_read_as_they_are(numbers):
     assert read_column(selected, "input_ids").to_pylist() == selected.to_dict()["input_ids"]
 
 
-def test_rows_that_are_still_mapped_may_stay(monkeypatch):
+def test_rows_that_are_still_mapped_may_stay(monkeypatch, tmp_path):
     """As on Windows, which deletes no file that somebody reads."""
     unlink = os.unlink
 
@@ -116,6 +116,7 @@ def test_rows_that_are_still_mapped_may_stay(monkeypatch):
         unlink(path, *args, **kwargs)
 
     stream = Dataset.from_dict({"n": [1, 2, 3]}).to_iterable_dataset()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with as_rows(stream) as rows:
         monkeypatch.setattr(os, "unlink", refuse)
         assert rows["n"][:] == [1, 2, 3]

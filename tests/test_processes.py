@@ -71,8 +71,11 @@ def _train(folder: Path, num_processes: int) -> list[list[dict[str, Any]]]:
             {"output_dir": str(output_dir), "options": options, "per_device_batch_size": batch_size, "num_rows": 24}
         )
     if num_processes == 1:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the others have
         for run in copy.deepcopy(runs):
             processes_worker.main(**run)
+        torch.set_num_threads(num_threads)
     else:
         command = [*launcher, str(WORKER), json.dumps(runs)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=ENVIRONMENT)

@@ -117,7 +117,10 @@ def _launch(
 def _train(folder: Path, specs: dict[str, Any], num_processes: int, config: str = "cpu_gloo", **env: str) -> Runs:
     if num_processes == 1:  # here
         _, _, _, runs = _command(folder, specs, num_processes, config)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the others have
         scale_worker.main(folder, json.loads(runs))
+        torch.set_num_threads(num_threads)
     else:
         result = _launch(folder, specs, num_processes, config, **env)
         assert result.returncode == 0, result.stderr[:6000] + result.stderr[-2000:]

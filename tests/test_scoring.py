@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from trl_bilevel.amortized_selector import AmortizedSelector, load_amortized_selector
 from trl_bilevel.cli import main
+from trl_bilevel.run_settings import read_base_model
 from trl_bilevel.scoring import RowScorer
 from trl_bilevel.value_function import load_value_function
 
@@ -390,7 +391,19 @@ def test_base_model_on_disk_is_found_after_a_push(hub, make_lora_trainer, build_
         scored = Dataset.from_parquet(str(tmp_path / str(number) / "*.parquet"), cache_dir=str(tmp_path / "cache"))
         assert scored["loss"][:] == pytest.approx(trainer.score(rows)["loss"][:], rel=1e-4)
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    with pytest.raises(SystemExit, match=r"The base model 'base' of .* cannot be loaded.*`--model_name_or_path`"):
+    with pytest.raises(SystemExit, match=r"The base model of .* was in .*base, which is no folder now.*`--model_name"):
+        main([*command, "--output_dir", str(tmp_path / "third")])
+    elsewhere = str(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "moved", tmp_path / "base")
+    trainer.save_model(elsewhere)
+    assert read_base_model(elsewhere, "base") == str(tmp_path / "base")
+    trainer.args.push_to_hub = False
+    trainer.save_model(elsewhere)  # which names the base by its path again
+    assert read_base_model(elsewhere, "base") == "base"
+    config = json.loads((Path(elsewhere) / "adapter_config.json").read_text())
+    (Path(elsewhere) / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "none"}))
+    command = ["score", elsewhere, "--dataset_name", str(tmp_path / "corpus.jsonl")]
+    with pytest.raises(SystemExit, match=r"The base model 'none' of .* cannot be loaded.*`--model_name_or_path`"):
         main([*command, "--output_dir", str(tmp_path / "third")])
 
 

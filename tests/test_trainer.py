@@ -567,6 +567,8 @@ def test_log_of_one_process_waits_for_nobody(make_trainer):
     assert [("mine" in entry, "training_loss" in entry) for entry in lines] == [
         (True, False), (True, False), (False, True), (True, False), (True, False), (False, True),
     ]  # fmt: skip
+    for entry in lines:
+        assert ("validation_weight" in entry) == ("training_loss" in entry)
     assert set(gathered) <= {2, 4}
 
 

@@ -26,8 +26,8 @@ _CURE = "Use another checkpoint."
 
 def hidden_width(model: Any) -> int:
     """H of the last hidden states: what the head reads, which some models make narrower than their layers."""
-    head = model.get_output_embeddings()
-    return getattr(head, "in_features", None) or model.config.get_text_config().hidden_size
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # of OPT
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class BilevelStep(RowGathering):
         candidates = Candidates(refinable, selector.weights().numpy(), selector.logits.numpy())
         responses = refiner.refresh(self.response_store, self.state.global_step, candidates)
         for name, value in refresh_metrics(responses).items():
-            self._metrics["train"][name].append(value)
+            self._training_metrics.note(name, value)
 
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
         own_rows = [batch.pop(SAMPLE_INDICES) for batch in batches]  # numbers, or ids of a stream's rows
@@ -193,7 +193,7 @@ class BilevelStep(RowGathering):
         if self._has_adaptive_weight:
             step_weights = step_weights * ~self.data_selector.sunk(self._step_sample_indices)
         validation_weight = self.validation_weight
-        self._metrics["train"]["validation_weight"].append(validation_weight)
+        self._training_metrics.note("validation_weight", validation_weight)
         coefficients = self._row_coefficients(step_rows, step_weights, kept, validation_weight)
         own_filtered = (~self._own_rows(kept)).split([rows.num_training for rows in step_rows])
         for rows, filtered, row_coefficients in zip(step_rows, own_filtered, coefficients, strict=True):

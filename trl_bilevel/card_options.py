@@ -1,6 +1,5 @@
 """The options of a run that cards and reports show, and that give the run again."""
 
-import json
 import os
 from dataclasses import fields
 from enum import Enum
@@ -103,6 +102,4 @@ def model_options(model: Any) -> dict[str, Any]:
 def _json_value(name: str, value: Any) -> Any:
     if name == "chat_template_path" and value is not None and os.path.isabs(value):
         return Path(value).name
-    if isinstance(value, dict):
-        return json.dumps(value)
     return value.value if isinstance(value, Enum) else value

@@ -189,7 +189,7 @@ _COMMANDS = {
 
 _EPILOG = """examples:
   trl-bilevel demo
-  trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft \\
+  trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft --learning_rate 2e-4 \\
       --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir out
   trl-bilevel curate out --keep_ratio 0.7 --output_dir curated
 

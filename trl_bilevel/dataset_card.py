@@ -1,6 +1,7 @@
 """The card of a published curated dataset."""
 
 import html
+import json
 import re
 import shlex
 from importlib import resources
@@ -222,7 +223,8 @@ def _command(facts: dict[str, Any]) -> str:
         **facts["model_options"],
         **options,
     }
-    words = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
+    written = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in named.items()}
+    words = {name: value if isinstance(value, list) else [value] for name, value in written.items()}
     return " \\\n".join(f"    --{name} {shlex.join(map(str, values))}" for name, values in words.items())
 
 

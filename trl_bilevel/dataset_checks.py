@@ -75,7 +75,7 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
             "`validation_loss_type='nll'`."
         )
     has_text = has_formatting_func or bool(
-        {"input_ids", "messages", "completion", args.dataset_text_field} & set(validation_columns)
+        {"input_ids", "messages", "conversations", "completion", args.dataset_text_field} & set(validation_columns)
     )
     if args.validation_loss_type == "nll" and not missing_sides and not has_text:
         raise ValueError(
@@ -83,6 +83,8 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
             "`validation_loss_type='dpo'`, or rename 'chosen' to 'completion'."
         )
     for column, kind in (("input_ids", "tokenized"), ("completion", "prompt-completion")):
+        if column == "completion" and has_formatting_func:
+            continue  # it makes text of both
         in_training, in_validation = column in training_columns, column in validation_columns
         if args.validation_loss_type == "nll" and in_training != in_validation:
             raise ValueError(

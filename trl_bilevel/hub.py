@@ -70,7 +70,8 @@ def publish_curated_dataset(
         keep_ratio (`float`, *optional*): share of the rows in the configuration `curated`, in (0, 1]; all if `None`.
         private (`bool`, *optional*): whether a new repository is private; the account's default if `None`.
         token (`str`, *optional*): to write with; the one logged in with if `None`.
-        revision (`str`, *optional*): branch, created if it does not exist; `main` if `None`.
+        revision (`str`, *optional*): branch, created if it does not exist, or a pull request, `refs/pr/N`; `main` if
+            `None`.
         commit_message (`str`, *optional*): of the commit.
         license (`str`, *optional*): of the dataset, as the Hub abbreviates it; that of the source if `None`.
         language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes; that of the source if `None`.

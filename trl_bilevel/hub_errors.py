@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,10 @@ def explained(repo_id: str, retry_command: str | None = None) -> Iterator[None]:
         if reason is None:
             raise
         raise PublishError(f"{repo_id} was not published{reason}.{later}") from error
-    except json.JSONDecodeError as error:  # the client reads a broken server's page before its status
+    except json.JSONDecodeError as error:
+        if not _is_of_the_client(error):
+            raise
+        # It reads a broken server's page before its status
         raise PublishError(f"{repo_id} was not published: {_HAS_FAILED}.{later}") from error
     except ValueError as error:
         if not isinstance(error.__cause__, HfHubHTTPError):
@@ -92,7 +96,7 @@ def _reason(error: BaseException, namespace: str) -> str | None:
             412: "the repository changed meanwhile. Push again",
             429: "the Hub has had too many requests. Push again in a while",
         }
-        if status in reasons or status >= 500:
+        if status in reasons or status in _TRANSIENT or status >= 500:
             said = _one_line(error.server_message or "")
             also = f" (the Hub says: {said})" if status == 403 and said else ""  # storage may be used up
             return f" ({status}): {reasons.get(status, _HAS_FAILED)}{also}"
@@ -103,6 +107,12 @@ def _reason(error: BaseException, namespace: str) -> str | None:
         where = f" under {Path(error.filename).parent}" if error.filename else f" under {tempfile.gettempdir()}"
         return f": {os.strerror(error.errno)}. Free some space{where}, or set `TMPDIR`"
     return None
+
+
+def _is_of_the_client(error: BaseException) -> bool:
+    """Whether an error came up within a call of the Hub's client."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] == "huggingface_hub" for module in modules)
 
 
 def _one_line(message: str) -> str:

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 
 from .bilevel_sft_config import BilevelSFTConfig
+from .checkpoint_files import is_checkpoint
 from .checkpointing import Checkpointing
 from .citation import PAPER_CITATION, PAPER_ID, PAPER_TITLE
 from .dataset_sources import is_hub_id, source_ids
@@ -20,7 +21,7 @@ from .hub_errors import explained
 from .model_card import build_model_card
 from .parquet_files import as_rows
 from .run_records import push_command, upload_command
-from .run_settings import write_base_model
+from .run_settings import remove_base_model, write_base_model
 from .selector_files import selector_table
 
 
@@ -68,7 +69,7 @@ class HubPublishing(Checkpointing):
             keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps all.
             private (`bool`, *optional*): whether a new repository is private.
             token (`str`, *optional*): to write with; `hub_token`, or the one logged in with, if `None`.
-            revision (`str`, *optional*): branch, created if it does not exist.
+            revision (`str`, *optional*): branch, created if it does not exist; or a pull request, `refs/pr/N`.
             commit_message (`str`, *optional*): of the commit.
             license (`str`, *optional*): of the dataset, where its source does not say.
             language (`str` or `list[str]`, *optional*): of the rows, ISO 639 codes, where their source does not say.
@@ -164,12 +165,14 @@ class HubPublishing(Checkpointing):
                 f"them later: `{self._upload_command()}`."
             )
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        with self.args.published(), self._published_base():
-            super()._save(*args, **kwargs)
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        folder = output_dir or self.args.output_dir
+        remove_base_model(folder)  # of another run in the same folder
+        with self.args.published(), self._published_base(folder):
+            super()._save(output_dir, *args, **kwargs)
 
     @contextmanager
-    def _published_base(self) -> Iterator[None]:
+    def _published_base(self, folder: str) -> Iterator[None]:
         """Have PEFT name a base model on disk by its folder only where the adapter's folder is pushed."""
         if not ((self.args.push_to_hub or self._is_pushing) and is_peft_model(self.model)):
             yield
@@ -185,7 +188,7 @@ class HubPublishing(Checkpointing):
                 path = getattr(owner, name, None)
                 if path is not None and os.path.isabs(path):
                     if owner is self.model.active_peft_config:  # for `trl-bilevel score`
-                        write_base_model(self.args.output_dir, path)
+                        write_base_model(self.args.output_dir if is_checkpoint(folder) else folder, path)
                     setattr(owner, name, Path(path).name)
                     put_back.callback(setattr, owner, name, path)
             yield

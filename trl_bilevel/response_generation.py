@@ -259,6 +259,7 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def is_sharded() -> bool:
+def is_sharded(model: Any) -> bool:
     """Whether the model's parameters are spread over processes, so that no process can generate on its own."""
-    return PartialState().distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    by_accelerate = PartialState().distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    return by_accelerate or getattr(model, "is_distributed_loading_by_transformers", False)

@@ -40,7 +40,7 @@ class RunSettings(NamedTuple):
     model_revision: str | None
     """Commit, or else branch or tag, of the base model on the Hub."""
     vocab_size: int | None = None
-    """Tokens that the model has embeddings of, which may be more or fewer than the base model has."""
+    """Of the model's configuration; TRL changes it for a chat template that brings tokens of its own."""
 
 
 def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
@@ -56,7 +56,7 @@ def write_run_settings(directory: str | os.PathLike, trainer: Any) -> None:
         "rows": row_options(trainer.args),
         "has_formatting_func": trainer._formatting_func is not None,
         "model_revision": getattr(trainer.model.config, "_commit_hash", None) or asked_for,
-        "vocab_size": trainer.model.config.get_text_config().vocab_size,
+        "vocab_size": getattr(trainer.model.config.get_text_config(), "vocab_size", None),
     }
     text = json.dumps(settings, indent=2) + "\n"
     write_whole(Path(directory) / RUN_SETTINGS_FILE_NAME, lambda partial: partial.write_text(text))
@@ -98,6 +98,11 @@ def write_base_model(output_dir: str | os.PathLike, path: str) -> None:
     write_whole(Path(output_dir) / _BASE_MODEL_FILE_NAME, lambda partial: partial.write_text(json.dumps(path)))
 
 
+def remove_base_model(output_dir: str | os.PathLike) -> None:
+    """Before a run saves its own adapter into the folder."""
+    (Path(output_dir) / _BASE_MODEL_FILE_NAME).unlink(missing_ok=True)
+
+
 def read_base_model(directory: str | os.PathLike, name: str) -> str:
     """
     Where a base model is that a pushed adapter calls by its folder's name only.
@@ -107,13 +112,21 @@ def read_base_model(directory: str | os.PathLike, name: str) -> str:
         name (`str`): what the adapter's configuration calls it.
 
     Returns:
-        `str`: what [`write_base_model`] kept, if that is a folder of this name; otherwise the name.
+        `str`: what [`write_base_model`] kept, if that has this name; otherwise the name.
+
+    Raises:
+        `ValueError`: if the folder is no longer there. On the Hub there may be another model of its name.
     """
     for folder in (Path(directory), Path(directory).absolute().parent):
         file = folder / _BASE_MODEL_FILE_NAME
         if file.is_file():
             with damage_explained(file, "Delete it, and name the base model."):
                 path = Path(json.loads(file.read_text()))
-            if path.name == name and path.is_dir():
+            if path.name == name and not path.is_dir():
+                raise ValueError(
+                    f"The base model of {directory} was in {path}, which is no folder now. Say where it is with "
+                    "`--model_name_or_path`."
+                )
+            if path.name == name:
                 return str(path)
     return name

@@ -29,6 +29,7 @@ from .whole_files import damage_explained, write_whole
 
 SELECTOR_FILE_NAME = "_data_selector.safetensors"
 """Of an output folder Trainer pushes no file whose name begins with `_`: a stream's sample ids are in it."""
+_EARLIER_FILE_NAME = "data_selector.safetensors"  # which was pushed
 SELECTOR_TABLE_NAME = "data_selector.parquet"
 _ACTIVATION_KEY, _PRIOR_KEY = b"selector_activation", b"selector_prior"
 METADATA_KEYS = (_ACTIVATION_KEY, _PRIOR_KEY)
@@ -68,6 +69,7 @@ def write_selector_state(
         tensors (`dict[str, torch.Tensor]`): the selector's state.
         identity (`dict[str, Any]`): what must be the same when the file is read, JSON values.
     """
+    (Path(directory) / _EARLIER_FILE_NAME).unlink(missing_ok=True)
     metadata = {"format": "pt", "selector": json.dumps({"format_version": _STATE_VERSION, **identity})}
     return write_whole(
         Path(directory) / SELECTOR_FILE_NAME, lambda partial: save_file(tensors, partial, metadata=metadata)

@@ -124,10 +124,10 @@ class SelfRefiningCallback(TrainerCallback):
                 f"Self-refining generation needs a `datasets.Dataset`, got `{type(dataset).__name__}`: questions are "
                 "chosen among all rows."
             )
-        if is_sharded():
+        if is_sharded(model):
             raise ValueError(
-                "Self-refining generation is not supported with DeepSpeed or FSDP yet: a process cannot generate with "
-                "a model that is spread over others."
+                "Self-refining generation is not supported with DeepSpeed or FSDP yet, whoever sets them up: a "
+                "process cannot generate with a model that is spread over others."
             )
         reader = _KeyedQuestionReader(dataset.with_format(None), tokenizer, None, None)
         check_refinable(reader, False, self.reward_funcs)

@@ -1,6 +1,6 @@
 """Sums behind the logged training metrics, kept on the device until they are logged."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,6 +52,11 @@ class TrainingMetrics:
     def __init__(self) -> None:
         self._token_sums: torch.Tensor | None = None  # (len(TokenSums),), fp32
         self._row_counts: Counter[str] = Counter()
+        self._noted: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a value of the step that is the same on all processes; their mean is logged."""
+        self._noted[name].append(value)
 
     def add(self, token_sums: TokenSums, row_counts: RowCounts) -> None:
         """Add the sums of one micro-batch."""
@@ -87,8 +92,10 @@ class TrainingMetrics:
             return {}
         counts = self._token_sums.new_tensor([self._row_counts[name] for name in RowCounts._fields])
         sums = gather(torch.cat([self._token_sums, counts])[None]).sum(dim=0).tolist()
+        noted = {name: sum(values) / len(values) for name, values in self._noted.items()}
         self._token_sums = None
         self._row_counts.clear()
+        self._noted.clear()
         total = dict(zip(TokenSums._fields + RowCounts._fields, sums, strict=True))
         training_tokens = max(total["training_tokens"], 1.0)
         validation_units = max(total["validation_units"], 1.0)
@@ -107,6 +114,7 @@ class TrainingMetrics:
             "selector/nonfinite_rows": total["nonfinite_rows"],
             "refine/row_ratio": total["refined_rows"] / max(total["training_rows"], 1.0),
             **(_ratio_metrics(total) if total["refined_tokens"] else {}),
+            **noted,
         }
 
 

@@ -170,9 +170,9 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, settings: "RunSett
             f"The base model {name!r} of {run_dir} cannot be loaded ({error}). Say where it is with "
             "`--model_name_or_path`."
         ) from error
-    vocab_size = settings.vocab_size or max(len(tokenizer), base.get_input_embeddings().weight.shape[0])
-    if vocab_size != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(vocab_size)  # as the run had it
+    known = getattr(base.config.get_text_config(), "vocab_size", None)  # a model may have more embeddings than that
+    if settings.vocab_size is not None and settings.vocab_size != known:
+        base.resize_token_embeddings(settings.vocab_size)  # as the run had it
     return PeftModel.from_pretrained(base, run_dir), tokenizer
 
 

@@ -7,6 +7,7 @@ trl-bilevel sft \
     --dataset_name mixture.jsonl \
     --validation_dataset_name trusted.jsonl \
     --use_peft \
+    --learning_rate 2e-4 \
     --keep_ratio 0.7 \
     --output_dir Qwen3-0.6B-BilevelSFT
 ```
