@@ -7,6 +7,7 @@ Every option of TRL's `SFTConfig` under `BilevelSFTTrainer`: what it does there,
 import ast
 import copy
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -22,6 +23,7 @@ from conftest import QUIET_CPU_RUN, prompt_completion_rows
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import LoraConfig
+from tensorboardX.proto import event_pb2
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig, SFTTrainer
@@ -644,6 +646,33 @@ def test_report_to_gets_what_is_logged(make_trainer, monkeypatch):
     trainer.train()
     assert [{**entry, "step": step} for step, entry in enumerate(logged[:-1], 1)] == trainer.state.log_history[:-1]
     assert {"validation_loss", "selector/entropy"} <= set(logged[0])
+
+
+def _scalars(file):
+    """By name and step, of a file of TensorBoard: records with their length before and a checksum at both ends."""
+    content, scalars = file.read_bytes(), {}
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return scalars
+
+
+def test_tensorboard_gets_what_is_logged(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    refine = {"refine_ratio": 0.5, "refine_start_step": 2, "refine_max_new_tokens": 4, "refine_discard_flawed": False}
+    trainer = make_trainer(report_to="tensorboard", selection_method="bmo", **refine)
+    trainer.train()
+    (file,) = (tmp_path / "board").rglob("events.out.tfevents.*")
+    scalars = _scalars(file)
+    names = {"loss", "validation_loss", "selector/effective_sample_ratio", "validation_weight", "refine/questions"}
+    for name in names:
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert logged, name
+        assert scalars[f"train/{name}"] == pytest.approx(logged, rel=1e-6), name
 
 
 def test_pushed_as_sft_pushes(hub, run):
