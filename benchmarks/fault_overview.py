@@ -3,6 +3,7 @@ The planted-fault benchmark on one page: methods against each other on every pro
 
 ```bash
 python benchmarks/fault_overview.py --page docs/alternatives.md --figures docs/figures
+python benchmarks/fault_overview.py --page docs/results.md
 ```
 
 It prints the tables in Markdown, writes those that the page has a place for into it, and draws the figure.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alternatives import ALTERNATIVES
+from default_tables import default_tables
 from fault_methods import LARGER_STEPS, SFT_ROWS
 from fault_settings import PROBLEMS, SeedFiles, Setting
 from matplotlib.axes import Axes
@@ -345,10 +347,16 @@ class OverviewArguments:
     figures: str | None = None
 
 
+def all_tables(results: Results) -> dict[str, str]:
+    """Those of all problems, and those of the default problem, by name."""
+    of_default = default_tables(lambda method, measure: results.values("70 % bad", method, measure))
+    return {**{name: table(results) for name, table in TABLES.items()}, **of_default}
+
+
 def main(args: OverviewArguments) -> None:
     """Print the tables, fill in the page, draw the figure."""
     results = Results.read(Path(args.results))
-    tables = {name: table(results) for name, table in TABLES.items()}
+    tables = all_tables(results)
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
     if args.page is not None:
