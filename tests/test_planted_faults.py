@@ -385,7 +385,7 @@ def test_results_are_kept_in_one_file(tmp_path):
     assert results.collect(theirs, file, names) == 2
     assert results.restore(file, tmp_path / "new", names) == 2
     restored = {path.name: json.loads(path.read_text()) for path in (tmp_path / "new" / "seed1").iterdir()}
-    assert restored == {"4 epochs, BMO.json": {"auroc": 0.75}, "4 epochs, SFT [harmful].json": {"auroc": 0.25}}
+    assert restored == {"4 epochs, BMO.json": {"auroc": 0.5}, "4 epochs, SFT [harmful].json": {"auroc": 0.25}}
     file.write_text(json.dumps({"seed1/../../4 epochs, BMO.json": {}}))
     with pytest.raises(ValueError, match="not one of this benchmark"):
         results.restore(file, tmp_path / "new", names)

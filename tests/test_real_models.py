@@ -101,7 +101,7 @@ def test_all_methods_in_the_safety_setting_and_once_only(options, qwen, capsys, 
         result = json.loads(files.result(method).read_text())
         assert all(np.isfinite(value) for value in result.values())
         expected = {"seconds", "validation_loss", "held_out_loss", "harmful_kept", "auroc", "empty_answers"}
-        expected |= {"effective_sample_ratio"} if method.startswith(("BDS", "BMO", "lambda")) else set()
+        expected |= {"effective_sample_ratio"} if method in (*methods.BILEVEL_OPTIONS, methods.REFINED) else set()
         refined = {"refined", "harmful_refined"} if method == methods.REFINED else set()
         assert expected <= result.keys() <= expected | refined
         assert "refined" in result or method != methods.REFINED

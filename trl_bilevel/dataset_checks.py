@@ -67,6 +67,20 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
                 "`SFTTrainer`."
             )
     training_columns, validation_columns = columns["train_dataset"], columns["validation_dataset"]
+    _check_kinds(training_columns, validation_columns, args, has_formatting_func)
+    taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training_columns))
+    if taken:
+        raise ValueError(
+            f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
+            f"`train_dataset.remove_columns({taken})`, or name those to train on in a YAML file, "
+            "`datasets: [{path: ..., columns: [...]}]`."
+        )
+
+
+def _check_kinds(
+    training_columns: list[str], validation_columns: list[str], args: BilevelSFTConfig, has_formatting_func: bool
+) -> None:
+    """Refuse preference pairs where there must be none, and rows whose losses would cover different tokens."""
     missing_sides = [side for side in ("chosen", "rejected") if side not in validation_columns]
     if args.validation_loss_type == "dpo" and missing_sides:
         raise ValueError(
@@ -92,13 +106,6 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
                 f"losses cover the same tokens. Their columns are {training_columns} and "
                 f"{validation_columns}."
             )
-    taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training_columns))
-    if taken:
-        raise ValueError(
-            f"`train_dataset` already has the columns {taken}, which curation adds. Drop or rename them first: "
-            f"`train_dataset.remove_columns({taken})`, or name those to train on in a YAML file, "
-            "`datasets: [{path: ..., columns: [...]}]`."
-        )
 
 
 def stream_column_names(stream: IterableDataset) -> list[str]:
