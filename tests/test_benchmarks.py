@@ -219,10 +219,10 @@ def test_tables_of_real_text_in_the_docs_are_those_of_the_results(real_text, tmp
     docs = BENCHMARKS.parent / "docs"
     page = tmp_path / "real_text.md"
     page.write_text((docs / "real_text.md").read_text())
-    assert page.read_text().count("<!-- table: ") == 2
+    assert page.read_text().count("<!-- table: ") == 3
     file = tmp_path / "results.json"
     shutil.copy(docs / "data" / "real_text.json", file)
-    args = real_text.BenchmarkArguments(settings=["safety", "tasks"], train=False, output_dir=str(tmp_path / "out"))
+    args = real_text.BenchmarkArguments(settings=["safety", "tasks", "answers"], train=False, output_dir=str(tmp_path / "out"))
     real_text.main(dataclasses.replace(args, results=str(file), page=str(page)))
     assert page.read_text() == (docs / "real_text.md").read_text()
 
