@@ -202,6 +202,7 @@ README_ROWS = {
     "difference of the losses of these two, then SFT on the rows it prefers and the trusted ones": "loss difference",
     "selection as in the public codes (dense Adam)": "dense Adam, as the public codes",
     "the same, its step 20 times as large": "dense Adam, step 0.1",
+    "`BilevelSFTTrainer` without a value function": "BDS, no value function",
     "`BilevelSFTTrainer`, all defaults": "BDS (all defaults)",
     "second round: then SFT on the trusted rows and its best rows": "second round: SFT on trusted and kept rows",
     "SFT on the good rows (oracle)": "SFT on the good rows (oracle)",
