@@ -222,7 +222,9 @@ def test_tables_of_real_text_in_the_docs_are_those_of_the_results(real_text, tmp
     assert page.read_text().count("<!-- table: ") == 3
     file = tmp_path / "results.json"
     shutil.copy(docs / "data" / "real_text.json", file)
-    args = real_text.BenchmarkArguments(settings=["safety", "tasks", "answers"], train=False, output_dir=str(tmp_path / "out"))
+    args = real_text.BenchmarkArguments(
+        settings=["safety", "tasks", "answers"], train=False, output_dir=str(tmp_path / "out")
+    )
     real_text.main(dataclasses.replace(args, results=str(file), page=str(page)))
     assert page.read_text() == (docs / "real_text.md").read_text()
 
