@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from fault_ablations import REFINED
 from fault_methods import LARGER_STEPS
+from fault_tables import TABLES
 from method_names import (
     BMO,
     BMO_SHARP,
@@ -19,7 +20,7 @@ from method_names import (
     SFT,
     TRUSTED,
 )
-from result_tables import markdown, spread
+from result_tables import markdown, spread_and_seeds
 
 
 ValuesOf = Callable[[str, str], dict[int, float]]
@@ -70,14 +71,7 @@ _TABLES: dict[str, tuple[Sequence[str], dict[str, str]]] = {
     ),
     "default: answers": (
         _ANSWERS,
-        {
-            "exact_match": "held-out exact match",
-            "refined": "rows refined",
-            "refined_right": "right, of those that were wrong",
-            "refined_spoiled": "good rows whose answer is wrong now",
-            "kept_questions": "questions kept",
-            "kept_right": "kept with a right answer",
-        },
+        TABLES["Questions and answers"],
     ),
     "default: unseen": (
         _UNSEEN,
@@ -104,7 +98,7 @@ def _table(values_of: ValuesOf, methods: Sequence[str], columns: dict[str, str])
     by_method = {method: [_values(values_of, method, key) for key in columns] for method in methods}
     most = max((len(values) for by_column in by_method.values() for values in by_column), default=0)
     rows = [
-        [_LABELS.get(method, method), *(_cell(values, most) for values in by_column)]
+        [_LABELS.get(method, method), *(spread_and_seeds(values, most) for values in by_column)]
         for method, by_column in by_method.items()
         if by_column[0]
     ]
@@ -117,7 +111,3 @@ def _values(values_of: ValuesOf, method: str, key: str) -> list[float]:
     own, worst, best = (values_of(name, "exact_match") for name in (method, SFT, ORACLE))
     seeds = [seed for seed in own if seed in worst and seed in best]
     return [(own[seed] - worst[seed]) / (best[seed] - worst[seed]) for seed in seeds]
-
-
-def _cell(values: list[float], most: int) -> str:
-    return f"{spread([*values])}{f', {len(values)}' * (0 < len(values) < most)}"

@@ -37,7 +37,7 @@ from method_names import (
     TRUSTED,
     TRUSTED_LOSS,
 )
-from result_tables import fill_in, markdown, spread
+from result_tables import fill_in, markdown, spread, spread_and_seeds
 from trl import TrlParser
 
 
@@ -184,7 +184,7 @@ def all_methods_table(results: Results, measure: str, problems: Sequence[str]) -
     }
     most = max(len(values) for by_problem in by_method.values() for values in by_problem)
     rows = [
-        [method, *(f"{spread([*values])}{f', {len(values)}' * (0 < len(values) < most)}" for values in by_problem)]
+        [method, *(spread_and_seeds(values, most) for values in by_problem)]
         for method, by_problem in by_method.items()
         if any(by_problem)
     ]

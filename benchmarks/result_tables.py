@@ -13,6 +13,11 @@ def spread(values: list[float | None]) -> str:
     return f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})" if known else "-"
 
 
+def spread_and_seeds(values: list[float], most: int) -> str:
+    """The same, and of how many seeds where others have more."""
+    return f"{spread([*values])}{f', {len(values)}' * (0 < len(values) < most)}"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
