@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 import trl_bilevel
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, RefinementConfig
-from trl_bilevel.scripts import curate, demo, push, report, score, sft
+from trl_bilevel.scripts import curate, demo, push, report, score, screen, sft
 
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,15 @@ def test_python_in_the_documentation_is_of_this_package(code):
             assert hasattr(trl_bilevel.DataSelector(1), node.attr), node.attr
 
 
-_PARSERS = {"curate": curate, "demo": demo, "push": push, "report": report, "score": score, "sft": sft}
+_PARSERS = {
+    "curate": curate,
+    "demo": demo,
+    "push": push,
+    "report": report,
+    "score": score,
+    "screen": screen,
+    "sft": sft,
+}
 
 
 @pytest.mark.parametrize("block", _blocks("bash"))

@@ -1,8 +1,7 @@
-"""The planted-fault benchmark on one page: tables of a results file, and the page of the docs that shows them."""
+"""The toy problems on one page: tables of the results, and the pages of the docs that show them."""
 
 import importlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ PAGE = ROOT / "docs" / "alternatives.md"
 @pytest.fixture
 def overview(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("fault_overview")
+    return importlib.import_module("overview")
 
 
 @pytest.fixture
@@ -24,17 +23,17 @@ def results(overview):
     """By seed, on two problems: ours, second round and loss difference, whose last model ranks worst."""
     by_name = {}
 
-    def add(suffix, ours, second, rival):
+    def add(problem, ours, second, rival):
         for method, values in zip((*overview.OURS.values(), overview.RIVALS[0]), (ours, second, rival), strict=True):
             for seed, value in values.items():
                 result = {"exact_match": value, "auroc": 1 - value}
                 if method == overview.RIVALS[0]:
-                    result["final_auroc_loss"] = 0.0
-                by_name[f"seed{seed}/4 epochs, {method}{suffix}.json"] = result
+                    result["auroc_loss"] = 0.0
+                by_name[f"{problem}/seed{seed}/{method}.json"] = result
 
-    add("", {0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5, 3: 0.1})
-    add(" [20 trusted]", {0: 0.5, 1: 0.5}, {0: 0.25}, {0: 0.25, 1: 0.75})
-    by_name["seed0/4 epochs, BMO [0.1 faulty].json"] = {"exact_match": 0.125, "cpu_seconds": 3.0}
+    add("70 % bad", {0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5, 3: 0.1})
+    add("20 trusted rows", {0: 0.5, 1: 0.5}, {0: 0.25}, {0: 0.25, 1: 0.75})
+    by_name["10 % bad/seed0/BMO.json"] = {"exact_match": 0.125, "total_cpu_seconds": 3.0}
     return overview.Results(by_name)
 
 
@@ -45,7 +44,7 @@ def _rows(table):
 
 
 def test_differences_are_of_the_seeds_that_both_have(overview, results):
-    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "exact_match")
+    differences = overview.differences(results, "70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "exact_match")
     assert differences == pytest.approx({0: 0.25, 1: 0.2})
     rows = _rows(overview.difference_table(results, overview.AGAINST_RIVALS, "exact_match"))
     assert rows["70 % bad"][:2] == ["+0.225 (+0.200 to +0.250), 2 of 2", "+0.250 (+0.250 to +0.250), 2 of 2"]
@@ -55,7 +54,7 @@ def test_differences_are_of_the_seeds_that_both_have(overview, results):
 
 
 def test_seeds_that_the_defaults_were_chosen_on_are_apart(overview, results):
-    results.by_name[f"seed2/4 epochs, {overview.RIVALS[0]}.json"] = {"exact_match": 0.4, "auroc": 0.0}
+    results.by_name[f"70 % bad/seed2/{overview.RIVALS[0]}.json"] = {"exact_match": 0.4, "auroc": 0.0}
     rows = _rows(overview.seeds_table(results))
     # One run: 0.225 with 70 % bad rows, 0 with 20 trusted ones; second round 0.25 and 0
     assert [float(cell) for cell in rows["0 and 1"]] == pytest.approx([0.1125, 0.125, -0.1125], abs=6e-4)
@@ -66,10 +65,10 @@ def test_a_second_round_is_held_against_the_last_model_of_a_rival(overview, resu
     rows = _rows(overview.difference_table(results, overview.AGAINST_RIVALS, "auroc"))
     # 1 - 0.5 and 1 - 0.75, the rival's first rankings being 0.75 and 0.5
     assert rows["70 % bad"][1] == "+0.375 (+0.250 to +0.500), 2 of 2"
-    differences = results.differences("70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc")
+    differences = overview.differences(results, "70 % bad", overview.FIRST_ROUND, overview.RIVALS[0], "auroc")
     assert differences == pytest.approx({0: -0.25, 1: -0.2})
     for method in ("SFT", "SFT on the trusted rows"):
-        results.by_name[f"seed0/4 epochs, {method}.json"] = {"auroc": 0.25}
+        results.by_name[f"70 % bad/seed0/{method}.json"] = {"auroc": 0.25}
     assert _rows(overview.last_model_table(results))["70 % bad"] == ["1", "0.250", "0.250", "0.000", "0.500"]
 
 
@@ -91,7 +90,7 @@ def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
     }
     for method, value in others.items():
         for seed in range(4):
-            results.by_name[f"seed{seed}/4 epochs, {method}.json"] = {"exact_match": value, "cpu_seconds": value}
+            results.by_name[f"70 % bad/seed{seed}/{method}.json"] = {"exact_match": value, "total_cpu_seconds": value}
     row = _rows(overview.closest_table(results, "exact_match"))["70 % bad"]
     assert row[0] == "2"
     assert row[3] == "0.375 (0.250 to 0.500)"
@@ -104,8 +103,8 @@ def test_closest_methods_are_compared_on_the_same_seeds(overview, results):
 def test_rows_that_proved_good_are_held_against_the_known_number(overview, results):
     proved = overview.PROVED_ROUND
     for seed, (kept, right, exact_match) in {0: (0.4, 0.3, 0.5), 1: (0.25, 0.25, 0.7), 4: (1.0, 0.1, 0.1)}.items():
-        measures = {"kept_questions": kept, "kept_right": right, "exact_match": exact_match}
-        results.by_name[f"seed{seed}/4 epochs, {proved}.json"] = measures
+        measures = {"kept_ratio": kept, "kept_precision": right / kept, "exact_match": exact_match}
+        results.by_name[f"70 % bad/seed{seed}/{proved}.json"] = measures
     # Seed 4 has no run that was told the number
     assert _rows(overview.TABLES["proved"](results))["70 % bad"] == [
         "2", "0.3", "0.325 (0.250 to 0.400)", "0.875 (0.750 to 1.000)", "0.600 (0.500 to 0.700)",
@@ -115,9 +114,9 @@ def test_rows_that_proved_good_are_held_against_the_known_number(overview, resul
 
 def test_rows_never_trained_on(overview, results):
     for seed in (0, 1):
-        measures = {"kept_questions": 0.5 + seed / 4, "unseen_auroc": 0.75, "unseen_auroc_loss": 1 - seed / 2}
-        measures |= {"final_auroc": 0.5, "final_auroc_loss": 0.25} if seed else {"final_auroc": 0.5}
-        results.by_name[f"seed{seed}/4 epochs, {overview.FIRST_ROUND} [0.1 faulty].json"] = measures
+        measures = {"proved_good": 0.5 + seed / 4, "unseen_auroc": 0.75, "unseen_auroc_loss": 1 - seed / 2}
+        measures |= {"auroc_score": 0.5, "auroc_loss": 0.25} if seed else {"auroc_score": 0.5}
+        results.by_name[f"10 % bad/seed{seed}/{overview.FIRST_ROUND}.json"] = measures
     rows = _rows(overview.unseen_table(results))
     assert rows["10 % bad"] == [
         "2", "0.625 (0.500 to 0.750)", "0.750 (0.750 to 0.750)", "0.750 (0.500 to 1.000)", "0.500 (0.500 to 0.500)",
@@ -133,7 +132,7 @@ def test_table_of_all_methods_has_all_seeds(overview, results):
     assert rows[overview.FIRST_ROUND] == ["-", "0.700 (0.500 to 0.900)"]
     assert rows[overview.SECOND_ROUND] == ["-", "0.625 (0.500 to 0.750), 2"]
     assert rows.keys() == {"---", *overview.OURS.values(), overview.RIVALS[0]}
-    assert sorted([*overview.SHARES, *overview.OTHER_PROBLEMS]) == sorted(overview.PROBLEMS)
+    assert sorted([*overview.SHARES, *overview.OTHER_PROBLEMS]) == sorted(overview.TOYS)
     assert [f"{share} % bad" for share in (10, 30, 50, 70, 80)] == overview.SHARES
 
 
@@ -171,7 +170,7 @@ def test_page_is_filled_in(overview, results, tmp_path, capsys):
 def test_the_docs_show_what_the_results_say(overview, page):
     text = page.read_text()
     assert text.count("<!-- table: ") >= 4
-    results = overview.Results.read(ROOT / "docs" / "data" / "planted_faults.json")
+    results = overview.Results.read(ROOT / "docs" / "data" / "results.json")
     assert overview.fill_in(text, overview.all_tables(results)) == text
 
 
@@ -179,11 +178,11 @@ def test_default_problem(overview):
     """Of the way from SFT to oracle by seed, and how many seeds a cell has where others have more."""
     values = {"SFT": {0: 0.25, 1: 0.5}, "SFT on the good rows (oracle)": {0: 0.75, 1: 1.0}, "BMO": {1: 0.625}}
     by_name = {
-        f"seed{seed}/4 epochs, {method}.json": {"exact_match": value, "auroc": 0.5}
+        f"70 % bad/seed{seed}/{method}.json": {"exact_match": value, "auroc": 0.5}
         for method, by_seed in values.items()
         for seed, value in by_seed.items()
     }
-    by_name["seed1/4 epochs, BMO.json"]["effective_sample_ratio"] = 0.75
+    by_name["70 % bad/seed1/BMO.json"]["effective_sample_ratio"] = 0.75
     tables = overview.all_tables(overview.Results(by_name))
     rows = [line.strip("| ").split(" | ") for line in tables["default: training"].splitlines()[2:]]
     assert rows == [
@@ -210,8 +209,8 @@ README_ROWS = {
 
 
 def _published(method, measure, seeds=range(5)):
-    results = json.loads((ROOT / "docs" / "data" / "planted_faults.json").read_text())
-    return [results[f"seed{seed}/4 epochs, {method}.json"][measure] for seed in seeds]
+    results = json.loads((ROOT / "docs" / "data" / "results.json").read_text())
+    return [results[f"70 % bad/seed{seed}/{method}.json"][measure] for seed in seeds]
 
 
 def _tables(path):
@@ -237,21 +236,3 @@ def test_readme_shows_the_published_results():
             _published(method, name, [0]) for name in ("exact_match", "auroc", "kept_good")
         )
         assert (exact_match, auroc, kept_good) == (f"{match:.3f}", f"{area:.3f}", f"{kept:.1%}")
-
-
-def test_collected_results_stay_as_they_were_published(overview, tmp_path):
-    result_files = importlib.import_module("result_files")
-    file, names = tmp_path / "results.json", re.compile(r"seed\d+/\w+\.json")
-    folder = tmp_path / "out" / "seed0"
-    folder.mkdir(parents=True)
-    (folder / "first.json").write_text('{"auroc": 0.12345678}')
-    assert result_files.collect(folder.parent, file, names) == 1
-    # What the second builds on is run again, and comes out otherwise on another machine
-    (folder / "first.json").write_text('{"auroc": 0.2}')
-    (folder / "second.json").write_text('{"auroc": 0.3}')
-    (folder / "trainer_state.txt").write_text("")
-    assert result_files.collect(folder.parent, file, names) == 2
-    assert json.loads(file.read_text()) == {
-        "seed0/first.json": {"auroc": 0.123457},
-        "seed0/second.json": {"auroc": 0.3},
-    }

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .data_selector import DataSelector
     from .hub import load_curated_dataset
     from .refinement_config import IMPROVE_ANSWER_TEMPLATE, RefinementConfig
+    from .screening.screen import Screening, screen_dataset
     from .self_refining_callback import SelfRefiningCallback
     from .self_refining_collator import SelfRefiningCollator
 
@@ -22,10 +23,12 @@ __all__ = [
     "BilevelSFTTrainer",
     "DataSelector",
     "RefinementConfig",
+    "Screening",
     "SelfRefiningCallback",
     "SelfRefiningCollator",
     "__version__",
     "load_curated_dataset",
+    "screen_dataset",
 ]
 
 _MODULES = {
@@ -35,6 +38,8 @@ _MODULES = {
     "IMPROVE_ANSWER_TEMPLATE": "refinement_config",
     "RefinementConfig": "refinement_config",
     "load_curated_dataset": "hub",
+    "Screening": "screening.screen",
+    "screen_dataset": "screening.screen",
     "SelfRefiningCallback": "self_refining_callback",
     "SelfRefiningCollator": "self_refining_collator",
 }

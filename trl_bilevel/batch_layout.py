@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .paired_batches import ROW_LENGTHS, ROW_WIDTHS
+
 
 class RowOutputs(NamedTuple):
     """What the model says of the tokens of R rows, each of shape (R, L-1); 0 where a label is ignored."""
@@ -23,7 +25,17 @@ class RowOutputs(NamedTuple):
 
 
 class PaddedLayout:
-    """A sequence of the batch per row."""
+    """
+    A sequence of the batch per row.
+
+    Args:
+        widths (`torch.Tensor`, *optional*): columns that each row needs, int64 of shape (R,), on the CPU: after them
+            there is only padding, in inputs that are all of shape (R, L). With it [`select`] drops columns that none
+            of the selected rows needs.
+    """
+
+    def __init__(self, widths: torch.Tensor | None = None):
+        self.widths = widths
 
     def unpack(self, outputs: Any) -> RowOutputs:
         """The model's outputs by row; takes TRL's `FusedCausalLMOutput` of shape (R, L-1)."""
@@ -33,7 +45,11 @@ class PaddedLayout:
         """The inputs of some rows only, bool of shape (R,) on the CPU, and their layout."""
         # Numbers, not a mask, whose sum would have to come from the device
         numbers = rows.nonzero().flatten()
-        return {name: value.index_select(0, numbers.to(value.device)) for name, value in inputs.items()}, self
+        widths = None if self.widths is None else self.widths[rows]
+        if widths is not None:
+            inputs = {name: value[:, : int(widths.max())] for name, value in inputs.items()}
+        selected = {name: value.index_select(0, numbers.to(value.device)) for name, value in inputs.items()}
+        return selected, PaddedLayout(widths)
 
     def pool(self, token_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Means of (R, L, H) over the tokens of each row that `mask` of shape (R, L) marks, fp32 of shape (R, H)."""
@@ -105,6 +121,14 @@ class PaddingFreeLayout:
 
 
 BatchLayout = PaddedLayout | PaddingFreeLayout
+
+
+def pop_layout(batch: dict[str, Any], device: torch.device) -> BatchLayout:
+    """The layout of a paired batch, out of what its collator said of it; `device` is that of the model's inputs."""
+    lengths, widths = batch.pop(ROW_LENGTHS, None), batch.pop(ROW_WIDTHS, None)
+    if lengths is not None:
+        return PaddingFreeLayout(torch.tensor(lengths), device)
+    return PaddedLayout(None if widths is None else torch.tensor(widths))
 
 
 def padded(collator: Any) -> Any:

@@ -10,9 +10,10 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
-from .batch_layout import BatchLayout, PaddedLayout, PaddingFreeLayout, RowOutputs
+from .batch_layout import BatchLayout, RowOutputs, pop_layout
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
+from .labelled_positions import fused_forward
 from .losses import (
     ImportanceRatios,
     PreferenceLosses,
@@ -25,7 +26,7 @@ from .losses import (
     validation_weight_at,
 )
 from .packing import PackedRows
-from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_LENGTHS, ROW_OF_SEQUENCE, SAMPLE_INDICES
+from .paired_batches import NUM_TOKENS, REFINED_SPANS, ROW_OF_SEQUENCE, SAMPLE_INDICES
 from .preference_pairs import REFERENCE_NLL
 from .random_state import batch_seed, random_state_kept
 from .refined_responses import ResponseStore
@@ -167,15 +168,12 @@ class BilevelStep(RowGathering):
         self._step_sample_indices = self._number_rows([row for batch in own_rows for row in batch])
         self._step_row_means, self._step_value_means, self._step_pooled = [], [], []
         for batch, rows in zip(batches, own_rows, strict=True):
-            lengths = batch.pop(ROW_LENGTHS, None)
             batch[STEP_ROWS] = StepRows(
                 num_training=len(rows),
                 row_of_sequence=torch.tensor(batch.pop(ROW_OF_SEQUENCE)),
                 refined_spans=batch.pop(REFINED_SPANS),
                 num_tokens=torch.tensor(batch.pop(NUM_TOKENS)),
-                layout=PaddedLayout()
-                if lengths is None
-                else PaddingFreeLayout(torch.tensor(lengths), self.args.device),
+                layout=pop_layout(batch, self.args.device),
                 reference_nll=torch.tensor(batch.pop(REFERENCE_NLL), device=self.args.device),
             )
 
@@ -392,7 +390,8 @@ class BilevelStep(RowGathering):
         self, model: torch.nn.Module, inputs: dict[str, Any], layout: BatchLayout
     ) -> tuple[RowOutputs, RowLosses]:
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = layout.unpack(model(**inputs, **options, use_cache=False, fused_lm_head=True))
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        outputs = layout.unpack(fused_forward(model, unwrapped, inputs, self.args, **options))
         return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
     def _zero_loss(self, outputs: RowOutputs) -> torch.Tensor:

@@ -103,6 +103,12 @@ def _run_report(options: list[str]) -> None:
     report.main(*parse_options(report.make_parser(prog="trl-bilevel report"), _named(options, "run_dir")))
 
 
+def _run_screen(options: list[str]) -> None:
+    from .scripts import screen
+
+    screen.main(*parse_options(screen.make_parser(prog="trl-bilevel screen"), options))
+
+
 def _named(options: list[str], *names: str) -> list[str]:
     """
     Options whose first values may stand without a name.
@@ -184,11 +190,14 @@ _COMMANDS = {
     "push": (_run_push, "publish the curated dataset of a run on the Hub"),
     "report": (_run_report, "show what a run did, finished or interrupted, as one HTML page"),
     "score": (_run_score, "rank rows that were never trained on with the model of a finished run"),
+    "screen": (_run_screen, "find the bad rows of a dataset by one forward pass, before anybody trains"),
     "sft": (_run_sft, "fine-tune with a trusted validation dataset; options as `trl sft`"),
 }
 
 _EPILOG = """examples:
   trl-bilevel demo
+  trl-bilevel screen --model_name_or_path Qwen/Qwen3-0.6B --dataset_name mixture.jsonl \\
+      --validation_dataset_name trusted.jsonl --output_dir screened
   trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft --learning_rate 2e-4 \\
       --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir out
   trl-bilevel curate out --keep_ratio 0.7 --output_dir curated

@@ -14,6 +14,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .packing import PackedRows
 from .parquet_files import read_column
@@ -33,6 +34,9 @@ NUM_TOKENS = "num_completion_tokens"
 """Batch key: list of int, the tokens of each sequence that have a prediction and are not ignored."""
 ROW_LENGTHS = "row_lengths"
 """Batch key: list of int, tokens of each sequence where all of them follow one another in one (padding-free)."""
+ROW_WIDTHS = "row_widths"
+"""Batch key: list of int, the columns of a padded batch that each sequence needs; only where all inputs are (R, L) and
+padded on the right by TRL's collator."""
 OPTIMIZER_STEP = "optimizer_step"
 """Key of a training row on its way to the collator: the step that trains on it, from 0."""
 _OURS = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL, OPTIMIZER_STEP)
@@ -324,6 +328,9 @@ class PairedCollator:
                     "that returns one sequence per row, in the order of the rows."
                 )
             num_tokens = row_labels[:, 1:].ne(-100).sum(dim=1).tolist()
+            widths = _row_widths(self.collator, batch)
+            if widths is not None:
+                batch[ROW_WIDTHS] = widths
         # Lists, not tensors: they stay on the host, where rows are weighed without waiting for the device
         batch[SAMPLE_INDICES] = sample_indices
         batch[REFERENCE_NLL] = reference_nll
@@ -334,6 +341,23 @@ class PairedCollator:
             for labels, values in zip(row_labels, log_probs, strict=False)  # validation rows follow
         ]
         return batch
+
+
+def _row_widths(collator: Any, batch: dict[str, Any]) -> list[int] | None:
+    """
+    Columns up to the last token of each row, rounded up as the collator rounds the batch's; `None` of batches that
+    cannot be cut there: another collator may pad on the left or have inputs of other shapes.
+    """
+    if not isinstance(collator, DataCollatorForLanguageModeling) or "attention_mask" not in batch:
+        return None
+    attended = batch["attention_mask"]  # (R, L)
+    if any(not torch.is_tensor(value) or value.shape != attended.shape for value in batch.values()):
+        return None
+    lengths = attended.sum(dim=1)
+    if not torch.equal(attended.bool(), torch.arange(attended.shape[1]) < lengths[:, None]):
+        return None
+    multiple = collator.pad_to_multiple_of or 1
+    return [-(-length // multiple) * multiple for length in lengths.tolist()]
 
 
 def _find_span(labels: torch.Tensor, log_probs: list[float]) -> RefinedSpan:

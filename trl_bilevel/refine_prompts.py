@@ -10,13 +10,13 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
+from .assistant_turns import ANSWERING_ROLES
 from .plain_text import has_control_tokens, tokenize_as_text
 from .response_checks import RewardFunc, sum_rewards
 
 
 _ROWS_TO_TRY = 100
 _END_OF_THOUGHT = "</think>"
-_ANSWERING_ROLES = ("assistant", "gpt", "model")  # TRL keeps the roles of other formats
 
 
 class Question(NamedTuple):
@@ -136,7 +136,7 @@ class QuestionReader:
         return tokens
 
     def _conversation(self, row: int, columns: dict[str, Any], messages: list[dict[str, Any]]) -> Question | None:
-        if len(messages) < 2 or messages[-1]["role"] not in _ANSWERING_ROLES or messages[-1].get("tool_calls"):
+        if len(messages) < 2 or messages[-1]["role"] not in ANSWERING_ROLES or messages[-1].get("tool_calls"):
             return None
         if not isinstance(messages[-1].get("content"), str):
             return None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
 from .batch_layout import PaddedLayout, padded
+from .labelled_positions import fused_forward
 from .losses import row_losses
 from .paired_batches import add_sample_indices, read_sample_indices
 from .parquet_files import pieces_of_stream
@@ -40,6 +41,23 @@ _MANIFEST_NAME = "scoring.json"
 _DIGEST = b"rows_digest"
 
 
+class Scorer(Protocol):
+    """Gives each row some numbers."""
+
+    trainer: Any
+    """[`~trl.SFTTrainer`] that prepares rows."""
+    columns: tuple[str, ...]
+    """Names of the numbers, which the rows may not have as columns."""
+
+    def fingerprint(self) -> str:
+        """Of what decides the numbers, but for the rows."""
+        ...
+
+    def score(self, rows: Dataset) -> dict[str, np.ndarray]:
+        """The numbers of N rows, by the name of the column, each of shape (N,)."""
+        ...
+
+
 class RowScorer:
     """
     Scores rows with a trained model, as it was trained: same formatting, truncation and completion tokens.
@@ -50,6 +68,8 @@ class RowScorer:
         amortized_selector ([`~trl_bilevel.amortized_selector.AmortizedSelector`], *optional*): for `selector_score`.
         batch_size (`int`): rows per forward pass.
     """
+
+    columns: tuple[str, ...] = SCORE_COLUMNS
 
     def __init__(
         self,
@@ -137,7 +157,7 @@ class RowScorer:
 
     def _losses(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.trainer.accelerator.autocast():
-            outputs = self.trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+            outputs = fused_forward(self.trainer.model, self.trainer.model, inputs, self.trainer.args)
         return row_losses(outputs.log_probs, outputs.label_mask).mean  # (B,)
 
 
@@ -147,20 +167,20 @@ class _Chunk(NamedTuple):
 
 
 def score_dataset(
-    scorer: RowScorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike | None, chunk_size: int
+    scorer: Scorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike | None, chunk_size: int
 ) -> Dataset:
     """
     Score every row, chunk by chunk.
 
     Args:
-        scorer ([`RowScorer`]): scores a chunk.
+        scorer ([`Scorer`]): scores a chunk.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows in the format that was trained on.
         output_dir (`str` or `os.PathLike`, *optional*): where the chunks are written, see [`score_to_files`]. Needed
             for a stream.
         chunk_size (`int`): rows per chunk.
 
     Returns:
-        `datasets.Dataset`: the rows with the columns that [`RowScorer.score`] adds, read from `output_dir` if given.
+        `datasets.Dataset`: the rows with the columns that `scorer` adds, read from `output_dir` if given.
 
     Raises:
         `ValueError`: as [`score_to_files`], and for a stream without `output_dir`.
@@ -169,13 +189,13 @@ def score_dataset(
         return Dataset.from_parquet([str(path) for path in score_to_files(scorer, dataset, output_dir, chunk_size)])
     if not isinstance(dataset, Dataset):
         raise ValueError("Streamed rows are written as they are scored: give `output_dir`.")
-    _check_dataset(scorer.trainer, dataset, chunk_size)
+    _check_dataset(scorer, dataset, chunk_size)
     scored = _score_chunks(scorer, dataset, chunk_size, is_scored=lambda chunk: False)
     return Dataset(pa.concat_tables([table for _, table in scored]))
 
 
 def score_to_files(
-    scorer: RowScorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike, chunk_size: int
+    scorer: Scorer, dataset: Dataset | IterableDataset, output_dir: str | os.PathLike, chunk_size: int
 ) -> list[Path]:
     """
     Score every row and write each chunk as soon as it is scored. A second call scores only what is missing, what has
@@ -192,7 +212,7 @@ def score_to_files(
             stream that do not fit the columns of its first chunk, or an `output_dir` that belongs to another model,
             dataset or chunk size.
     """
-    _check_dataset(scorer.trainer, dataset, chunk_size)
+    _check_dataset(scorer, dataset, chunk_size)
     folder = Path(output_dir)
     _check_manifest(
         folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
@@ -214,12 +234,13 @@ def score_to_files(
     return [*digests]
 
 
-def _check_dataset(trainer: Any, dataset: Dataset | IterableDataset, chunk_size: int) -> None:
+def _check_dataset(scorer: Scorer, dataset: Dataset | IterableDataset, chunk_size: int) -> None:
+    trainer = scorer.trainer
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     if not list(dataset.take(1)):
         raise ValueError("The dataset is empty, so there is nothing to score.")
-    taken = sorted(set(SCORE_COLUMNS) & set(next(iter(dataset))))
+    taken = sorted(set(scorer.columns) & set(next(iter(dataset))))
     if taken:
         raise ValueError(
             f"The dataset already has the columns {taken}, which scoring adds. Drop or rename them first."
@@ -229,7 +250,7 @@ def _check_dataset(trainer: Any, dataset: Dataset | IterableDataset, chunk_size:
 
 
 def _score_chunks(
-    scorer: RowScorer,
+    scorer: Scorer,
     dataset: Dataset | IterableDataset,
     chunk_size: int,
     is_scored: Callable[[_Chunk], bool],

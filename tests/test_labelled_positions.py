@@ -1,0 +1,135 @@
+"""The head sees labelled positions only, and nothing else changes."""
+
+import pytest
+import torch
+from conftest import build_tiny_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_bilevel.batch_layout import PaddedLayout
+from trl_bilevel.labelled_positions import fused_forward, leaves_out_unlabelled
+
+
+@pytest.fixture
+def cpu(tmp_path):
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+
+
+def _model(family, tokenizer):
+    model = build_tiny_model(family, tokenizer)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def _batch():
+    """Three rows: one padded on the right, one with two answers, one without any label."""
+    ids = torch.randint(5, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4], labels[0, 7:] = -100, -100
+    labels[1, :2], labels[1, 4:6] = -100, -100
+    labels[2] = -100
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _sizes_of_head(model, run):
+    """How many hidden states the head was given."""
+    seen = []
+    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    handle = backbone.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state.shape[:2]))
+    try:
+        return run(), seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_outputs_and_gradients_are_trls(family, has_adapter, tokenizer, cpu):
+    found = {}
+    for name in ("trl", "ours"):
+        model = _model(family, tokenizer)
+        if has_adapter:
+            torch.manual_seed(0)
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    init_lora_weights=False,
+                    fan_in_fan_out=family == "gpt2",
+                    target_modules=["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"],
+                    task_type="CAUSAL_LM",
+                ),
+            )
+        model.eval()
+        options = {"output_router_logits": True} if family == "qwen3_moe" else {}
+        batch = _batch()
+        if name == "trl":
+            outputs = model(**batch, **options, use_cache=False, fused_lm_head=True)
+        else:
+            outputs = fused_forward(model, model, batch, cpu, **options)
+        loss = -outputs.log_probs.sum() + (outputs.aux_loss if options else 0)
+        loss.backward()
+        gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+        found[name] = outputs, gradients
+    (expected, expected_gradients), (ours, gradients) = found["trl"], found["ours"]
+    assert ours.label_mask.equal(expected.label_mask)
+    assert ours.is_top1.equal(expected.is_top1)
+    for field in ("log_probs", "entropy"):
+        torch.testing.assert_close(getattr(ours, field), getattr(expected, field), atol=1e-5, rtol=0)
+    if family == "qwen3_moe":
+        assert ours.aux_loss.item() == pytest.approx(expected.aux_loss.item(), abs=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_unlabelled_positions_never_reach_the_head(tokenizer, cpu):
+    model, batch = _model("llama", tokenizer), _batch()
+    num_labelled = int((batch["labels"][:, 1:] != -100).sum())
+    # The hook of `fused_forward` runs first, and leaves what the head is given
+    head_inputs = []
+    from trl.trainer import utils
+
+    original = utils._ChunkedLogProbFunction.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            utils._ChunkedLogProbFunction,
+            "apply",
+            lambda hidden, *rest: head_inputs.append(len(hidden)) or original(hidden, *rest),
+        )
+        fused_forward(model, model, batch, cpu)
+    assert head_inputs == [num_labelled]
+    # Nothing of it stays behind
+    _, seen = _sizes_of_head(model, lambda: model(**batch, fused_lm_head=True))
+    assert seen == [(3, 9)]
+
+
+def test_a_batch_without_labels_stays_connected(tokenizer, cpu):
+    model, batch = _model("llama", tokenizer), _batch()
+    batch["labels"][:] = -100
+    outputs = fused_forward(model, model, batch, cpu)
+    outputs.log_probs.sum().backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_where_positions_move_or_shapes_must_stay_trls_forward_is_used(tokenizer, cpu, tmp_path):
+    model = _model("llama", tokenizer)
+    assert leaves_out_unlabelled(model, cpu)
+    compiled = TrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True, report_to="none")
+    assert not leaves_out_unlabelled(model, compiled)
+    prompted = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert not leaves_out_unlabelled(prompted, cpu)
+
+
+def test_selected_rows_lose_the_columns_that_others_needed():
+    inputs = {"input_ids": torch.arange(15).view(3, 5), "attention_mask": torch.ones(3, 5)}
+    rows = torch.tensor([True, False, True])
+    selected, layout = PaddedLayout(torch.tensor([3, 5, 2])).select(inputs, rows)
+    assert selected["input_ids"].tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert selected["attention_mask"].shape == (2, 3)
+    assert layout.widths.tolist() == [3, 2]
+    whole, layout = PaddedLayout().select(inputs, rows)
+    assert whole["input_ids"].shape == (2, 5)
+    assert layout.widths is None

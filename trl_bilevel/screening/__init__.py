@@ -1,0 +1,1 @@
+"""What one forward pass says of a dataset before anybody trains, calibrated by rows that are trusted."""

@@ -1,0 +1,127 @@
+"""The forward pass of a screen: statistics of each row's answer, in batches of similar length."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+
+from ..assistant_turns import is_conversation_without_prompt, mark_assistant_turns
+from ..batch_layout import padded
+from ..labelled_positions import fused_forward
+from ..paired_batches import add_sample_indices, read_sample_indices
+from ..refine_prompts import stop_token_ids
+from ..run_settings import row_options
+from .answer_statistics import STATISTICS, AnswerStatistics, answer_statistics
+
+
+class RowScreener:
+    """
+    Statistics of rows under a model that is not trained.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]): holds the model and prepares rows for it.
+        tokens_per_batch (`int`): padding included; a row that is longer is a batch by itself.
+    """
+
+    columns: tuple[str, ...] = AnswerStatistics._fields
+    """Columns that [`score`] adds."""
+
+    def __init__(self, trainer: Any, tokens_per_batch: int):
+        self.trainer = trainer
+        self.tokens_per_batch = tokens_per_batch
+
+    def fingerprint(self) -> str:
+        """Of what decides the statistics: the model's parameters, its template, and how rows are cut."""
+        model = self.trainer.model
+        states = get_peft_model_state_dict(model) if is_peft_model(model) else {}
+        # All parameters of a large model take long to read: of each one the sum speaks for it
+        sums = {name: float(value.detach().float().sum()) for name, value in {**model.state_dict(), **states}.items()}
+        facts = [sums, row_options(self.trainer.args), self.trainer.chat_template, STATISTICS]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def score(self, rows: Dataset) -> dict[str, np.ndarray]:
+        """The columns of [`AnswerStatistics`], shape (N,); NaN for a row without an answer after truncation."""
+        return self.statistics(rows)._asdict()
+
+    @torch.no_grad()
+    def statistics(self, rows: Dataset) -> AnswerStatistics:
+        """Statistics of N rows in any format that [`~trl.SFTTrainer`] takes, in their order."""
+        prepared = self._prepare(rows)
+        positions = read_sample_indices(prepared)
+        lengths = pa.compute.list_value_length(
+            prepared.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
+        ).to_numpy()
+        columns = {name: np.full(len(rows), np.nan) for name in STATISTICS}
+        hashes = np.zeros(len(rows), dtype=np.int64)
+        trainer = self.trainer
+        eos_token_ids = trainer.model.generation_config.eos_token_id
+        end_ids = {*stop_token_ids(trainer._tokenizer, eos_token_ids, trainer.chat_template, rows[0])}
+        was_training = trainer.model.training
+        self.trainer.model.eval()
+        try:
+            for batch in batches_by_length(lengths, self.tokens_per_batch):
+                found = self._statistics_of_batch(prepared.select(batch), end_ids)
+                for name in STATISTICS:
+                    columns[name][positions[batch]] = getattr(found, name)
+                hashes[positions[batch]] = found.answer_hash
+        finally:
+            self.trainer.model.train(was_training)
+        return AnswerStatistics(**columns, answer_hash=hashes)
+
+    def _prepare(self, rows: Dataset) -> Dataset:
+        trainer = self.trainer
+        indexed = add_sample_indices(rows)
+        formatting_func = trainer._formatting_func
+        if formatting_func is None and is_conversation_without_prompt(rows[0]):
+            indexed = mark_assistant_turns(indexed, trainer.processing_class, trainer.chat_template)
+        return trainer._prepare_dataset(
+            indexed, trainer.processing_class, trainer.args, False, formatting_func, "screened"
+        )
+
+    def _statistics_of_batch(self, rows: Dataset, end_ids: set[int]) -> AnswerStatistics:
+        trainer = self.trainer
+        examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+        inputs = trainer._prepare_inputs(padded(trainer.data_collator)(examples))
+        with trainer.accelerator.autocast():
+            outputs = fused_forward(trainer.model, trainer.model, inputs, trainer.args)
+        return answer_statistics(
+            outputs.log_probs,
+            outputs.entropy,
+            inputs["input_ids"],
+            outputs.label_mask,
+            inputs["attention_mask"].bool(),
+            end_ids,
+        )
+
+
+def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """
+    Rows of similar length together, the longest first, so that memory runs out at once or not at all.
+
+    Args:
+        lengths (`np.ndarray`): tokens of each row, shape (N,).
+        tokens_per_batch (`int`): of a batch, padding included.
+
+    Example:
+
+    ```python
+    >>> [batch.tolist() for batch in batches_by_length(np.array([2, 5, 3, 2]), tokens_per_batch=6)]
+    [[1], [2, 0], [3]]
+
+    ```
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

@@ -1,0 +1,275 @@
+"""A dataset screened before anybody trains: every row scored, the share of bad rows, and a cut with a promise."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from ..curation import count_kept, rank_rows
+from ..parquet_files import write_parquet
+from ..row_format_checks import columns_read, refuse_gaps
+from ..scoring import score_dataset
+from ..whole_files import write_whole
+from .answer_statistics import STATISTICS, AnswerStatistics
+from .calibration import PROMISE, Calibrated, NoiseRate, calibrate, trusted_rows_needed
+from .evidence import FEWEST_TRUSTED, gather_evidence
+from .reasons import give_reasons
+from .row_screener import RowScreener
+
+
+logger = get_logger(__name__)
+
+SCREEN_COLUMNS = ("score", "p_value", "good_probability", "rank", "kept", "reason", *STATISTICS)
+"""Columns that a screen adds to the user's."""
+SCREENED_FILE_NAME = "scored/train.parquet"  # in a folder that `load_dataset` reads
+SUMMARY_FILE_NAME = "screening.json"
+_STATISTICS_FOLDER_NAME = "_statistics"
+
+
+class Screening(NamedTuple):
+    """What one forward pass says of a dataset."""
+
+    scored: Dataset
+    """All rows with their columns unchanged, and those of [`SCREEN_COLUMNS`]."""
+    noise_rate: NoiseRate
+    """Share of bad rows, with a 90 % interval."""
+    num_trusted: int
+    is_informative: bool
+    """Whether anything tells the rows from the trusted ones."""
+
+    def curate(self, keep_ratio: float | str | None = "auto") -> Dataset:
+        """
+        The rows to keep, with their scores.
+
+        Args:
+            keep_ratio (`float` or `"auto"`, *optional*, defaults to `"auto"`): share of the rows, in (0, 1], those of
+                the best rank; `"auto"` leaves out the rows of which at most a tenth is good on average; `None` keeps
+                all.
+
+        Raises:
+            `ValueError`: for another word, or a share out of range.
+        """
+        if isinstance(keep_ratio, str):
+            if keep_ratio != "auto":
+                raise ValueError(f"`keep_ratio` must be a number in (0, 1], 'auto' or `None`, got {keep_ratio!r}.")
+            return self.scored.select(np.flatnonzero(self.scored["kept"]))
+        num_kept = count_kept(len(self.scored), keep_ratio)
+        return self.scored.select(np.flatnonzero(np.array(self.scored["rank"]) <= num_kept))
+
+    def summary(self) -> str:
+        """What was found, in a few sentences, with what is promised and under which assumption."""
+        kept = np.array(self.scored["kept"])
+        num_rows, num_dropped = len(kept), int((~kept).sum())
+        rate = self.noise_rate
+        lines = [
+            f"{num_rows:,} rows screened against {self.num_trusted:,} trusted ones.",
+            f"Noise rate: {rate.estimate:.0%} of the rows look unlike the trusted ones "
+            f"(90 % interval {rate.low:.0%} to {rate.high:.0%}).",
+        ]
+        if not self.is_informative:
+            lines.append(
+                "Nothing in this ranking can be told from noise: the rows look like the trusted ones. Either they are "
+                "as good, or their faults are of a kind that this model does not see. Do not cut by it; a larger "
+                "model, or trusted rows of the same kind as the dataset, may see more."
+            )
+        elif num_dropped == 0:
+            needed = trusted_rows_needed(max(rate.estimate, 1 / num_rows))
+            lines.append(
+                f"No row can be dropped with the promise that at most {PROMISE:.0%} of those dropped are good"
+                + (f": that takes about {needed:,} trusted rows." if needed > self.num_trusted else ".")
+            )
+        else:
+            lines.append(
+                f'`keep_ratio="auto"` drops {num_dropped:,} rows and keeps {num_rows - num_dropped:,}: of those '
+                f"dropped at most {PROMISE:.0%} are good on average, if good rows are like the trusted ones."
+            )
+        return "\n".join(lines)
+
+
+def screen_dataset(
+    model: str | PreTrainedModel,
+    train_dataset: Dataset | IterableDataset,
+    validation_dataset: Dataset,
+    args: SFTConfig | None = None,
+    *,
+    processing_class: Any = None,
+    formatting_func: Callable[[dict], str] | None = None,
+    output_dir: str | os.PathLike | None = None,
+    tokens_per_batch: int = 4096,
+    chunk_size: int = 10_000,
+) -> Screening:
+    """
+    Score every row by one forward pass under a model that has learned neither the rows nor the trusted ones.
+
+    Each answer's token statistics are compared with those of the trusted rows' answers; the same comparison of the
+    trusted rows with each other calibrates what comes of it. Only answers count, in conversations the assistant's
+    turns, whatever a training loss would cover.
+
+    Args:
+        model (`str` or `PreTrainedModel`): name or folder of the model, or the model itself, with its adapter or
+            quantized as it is. One that was trained on the trusted rows takes every other row for bad.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): N rows in any format that
+            [`~trl.SFTTrainer`] takes.
+        validation_dataset (`datasets.Dataset`): rows you trust, in the same format; at least 10, better 100.
+        args ([`~trl.SFTConfig`], *optional*): how rows are prepared, `max_length` above all, and the device.
+        processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the model's own by default.
+        formatting_func (`Callable`, *optional*): makes text of a row, as for [`~trl.SFTTrainer`].
+        output_dir (`str` or `os.PathLike`, *optional*): folder that the scored rows are written to as
+            `scored/train.parquet`, with a summary. An interrupted screen goes on there. Needed for a stream.
+        tokens_per_batch (`int`, *optional*, defaults to `4096`): tokens of a forward pass, padding included.
+        chunk_size (`int`, *optional*, defaults to `10_000`): rows between two saves.
+
+    Returns:
+        [`Screening`]: the scored rows, the noise rate, and the cut.
+
+    Raises:
+        `ValueError`: for datasets that are empty, lack a column, or have one that the screen adds; for too few trusted
+            rows; and for a stream without `output_dir`.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_bilevel import screen_dataset
+
+    screening = screen_dataset(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        load_dataset("json", data_files="mixture.jsonl", split="train"),
+        load_dataset("json", data_files="trusted.jsonl", split="train"),
+    )
+    print(screening.summary())
+    curated = screening.curate()
+    ```
+    """
+    _check(train_dataset, validation_dataset, args, formatting_func, output_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _preparing_trainer(model, validation_dataset, args, processing_class, formatting_func, scratch)
+        screener = RowScreener(trainer, tokens_per_batch)
+        trusted = screener.statistics(validation_dataset)
+        folder = None if output_dir is None else Path(output_dir) / _STATISTICS_FOLDER_NAME
+        rows = score_dataset(screener, train_dataset, folder, chunk_size)
+    statistics = AnswerStatistics(*(np.array(rows.with_format("numpy")[name]) for name in AnswerStatistics._fields))
+    screening = _conclude(rows, statistics, trusted)
+    if output_dir is not None:
+        _write(screening, Path(output_dir))
+    return screening
+
+
+def _check(
+    train_dataset: Dataset | IterableDataset,
+    validation_dataset: Dataset,
+    args: SFTConfig | None,
+    formatting_func: Callable[[dict], str] | None,
+    output_dir: str | os.PathLike | None,
+) -> None:
+    """Before a model is loaded."""
+    if not isinstance(validation_dataset, Dataset):
+        raise TypeError(
+            f"`validation_dataset` must be a `datasets.Dataset`, got {type(validation_dataset).__name__}. Trusted "
+            "rows are few: read them whole, without `streaming=True`."
+        )
+    if len(validation_dataset) < FEWEST_TRUSTED:
+        raise ValueError(
+            f"`validation_dataset` has {len(validation_dataset)} rows, too few to tell what good answers look like. "
+            f"Give at least {FEWEST_TRUSTED}, better 100."
+        )
+    if isinstance(train_dataset, IterableDataset) and output_dir is None:
+        raise ValueError("Streamed rows are written as they are screened: give `output_dir`.")
+    first = next(iter(train_dataset), None)
+    if first is None:
+        raise ValueError("`train_dataset` is empty, so there is nothing to screen.")
+    if taken := sorted({"sample_id", *SCREEN_COLUMNS} & {*first} - {"sample_id"}):
+        raise ValueError(f"`train_dataset` already has the columns {taken}, which a screen adds. Rename them first.")
+    if formatting_func is None:
+        text_field = "text" if args is None else args.dataset_text_field
+        read = [columns_read(name, row, text_field) for name, row in _first_rows(first, validation_dataset[0])]
+        if read[0] != read[1]:
+            raise ValueError(
+                f"`train_dataset` is read from the columns {read[0]} and `validation_dataset` from {read[1]}, so that "
+                "other tokens would be compared. Bring both into one format."
+            )
+        refuse_gaps("validation_dataset", validation_dataset, read[1])
+
+
+def _first_rows(first: dict, trusted: dict) -> list[tuple[str, dict]]:
+    return [("train_dataset", first), ("validation_dataset", trusted)]
+
+
+def _preparing_trainer(
+    model: str | PreTrainedModel,
+    rows: Dataset,
+    args: SFTConfig | None,
+    processing_class: Any,
+    formatting_func: Callable[[dict], str] | None,
+    scratch: str,
+) -> SFTTrainer:
+    """TRL's trainer, which prepares rows and moves the model to its device; it is never trained."""
+    if isinstance(model, str):
+        model = create_model_from_path(model, dtype="auto", device_map=None)
+    if args is None:
+        args = SFTConfig(scratch, bf16=False, report_to="none", activation_checkpointing=False)
+    return SFTTrainer(
+        model, args, train_dataset=rows, processing_class=processing_class, formatting_func=formatting_func
+    )
+
+
+def _conclude(rows: Dataset, statistics: AnswerStatistics, trusted: AnswerStatistics) -> Screening:
+    """From statistics to scores, calibrated."""
+    has_answer, trusted_answers = ~np.isnan(statistics.loss), ~np.isnan(trusted.loss)
+    trusted = trusted.select(np.flatnonzero(trusted_answers))
+    known = np.flatnonzero(has_answer)
+    if len(known) == 0:
+        raise ValueError("No row has an answer left after truncation. Raise `max_length`.")
+    evidence, of_trusted = gather_evidence(statistics.select(known), trusted)
+    score = np.full(len(rows), np.nan)
+    score[known] = evidence.score
+    calibrated = calibrate(score, of_trusted.score)
+    reasons = np.full(len(rows), "no answer left after truncation", dtype=object)
+    reasons[known] = give_reasons(evidence, statistics.select(known), trusted)
+    if num_without := len(rows) - len(known):
+        logger.warning(f"{num_without} of {len(rows)} rows have no answer left after truncation, and rank last.")
+    scored = _with_columns(rows, score, calibrated, reasons)
+    return Screening(scored, calibrated.noise_rate, len(trusted.loss), calibrated.is_informative)
+
+
+def _with_columns(rows: Dataset, score: np.ndarray, calibrated: Calibrated, reasons: np.ndarray) -> Dataset:
+    columns = {
+        "score": score,
+        "p_value": calibrated.p_values,
+        "good_probability": calibrated.good_probability,
+        "rank": rank_rows(np.nan_to_num(-score), ~np.isnan(score)),
+        "kept": ~calibrated.dropped & ~np.isnan(score),
+        "reason": reasons.tolist(),
+    }
+    if "sample_id" not in rows.column_names:
+        columns = {"sample_id": np.arange(len(rows)), **columns}
+    added = Dataset(pa.table(columns))
+    original = [name for name in rows.column_names if name not in AnswerStatistics._fields]
+    parts = [rows.select_columns(original), added, rows.select_columns([*STATISTICS])]
+    return concatenate_datasets([part.with_format(None) for part in parts], axis=1, split=rows.split)
+
+
+def _write(screening: Screening, folder: Path) -> None:
+    """The scored rows, then the summary, each whole or not at all."""
+    write_parquet(screening.scored, folder / SCREENED_FILE_NAME)
+    facts = {
+        "noise_rate": screening.noise_rate._asdict(),
+        "num_rows": len(screening.scored),
+        "num_dropped": int((~np.array(screening.scored["kept"])).sum()),
+        "num_trusted": screening.num_trusted,
+        "is_informative": screening.is_informative,
+        "promise": PROMISE,
+        "summary": screening.summary(),
+    }
+    write_whole(folder / SUMMARY_FILE_NAME, lambda partial: partial.write_text(json.dumps(facts, indent=2) + "\n"))
