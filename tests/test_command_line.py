@@ -89,8 +89,13 @@ def test_help_of_a_command(name, capsys):
 # ---- Exit codes and errors ----
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sft"])
 def test_unknown_options_are_named(name, tmp_path, capsys):
-    needed = {"curate": ["run_dir", "output_dir"], "push": ["run_dir", "repo_id"], "report": ["run_dir"],
-              "score": ["run_dir", "output_dir", "dataset_name"]}.get(name, [])  # fmt: skip
+    needed = {
+        "curate": ["run_dir", "output_dir"],
+        "push": ["run_dir", "repo_id"],
+        "report": ["run_dir"],
+        "score": ["run_dir", "output_dir", "dataset_name"],
+        "screen": ["model_name_or_path", "dataset_name", "validation_dataset_name", "output_dir"],
+    }.get(name, [])
     options = [option for needed_name in needed for option in (f"--{needed_name}", "x")]
     with pytest.raises(SystemExit) as stop:
         main([name, *options, "--keep_ration", "0.5"])
