@@ -12,6 +12,7 @@ trusted rows, none of them twice. Conversations have the same statistics as prom
 `tests/test_screen.py`. Expects `--data_dir` with the published files that `docs/real_models.md` names.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +233,8 @@ HEADER = [
 def table(name: str, args: ScreeningArguments) -> tuple[list[list[str]], dict[str, float]]:
     """A row for each share of bad rows and number of trusted rows, and the mean AUROC by kind."""
     statistics, kinds = statistics_of(name, args)
-    lines, by_kind = [], {}
+    lines: list[list[str]] = []
+    by_kind: dict[str, list[float]] = defaultdict(list)
     shares = [NATURAL_SHARES[name]] if name in NATURAL_SHARES else args.bad_shares
     for num_trusted in args.num_trusted:
         for share in shares:
@@ -257,9 +259,10 @@ def table(name: str, args: ScreeningArguments) -> tuple[list[list[str]], dict[st
                     "-" if share == 0 else f"{mean['found']:.2f}",
                 ]
             )
-            for kind in draws[0].by_kind:
-                by_kind[kind] = float(np.mean([one.by_kind[kind] for one in draws if kind in one.by_kind]))
-    return lines, by_kind
+            for one in draws:
+                for kind, auroc in one.by_kind.items():
+                    by_kind[kind].append(auroc)
+    return lines, {kind: float(np.mean(aurocs)) for kind, aurocs in by_kind.items()}
 
 
 def main(args: ScreeningArguments) -> None:
