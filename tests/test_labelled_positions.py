@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_bilevel.batch_layout import PaddedLayout
-from trl_bilevel.labelled_positions import fused_forward, leaves_out_unlabelled
+from trl_bilevel.labelled_positions import fused_forward, leaves_out_unlabelled, score_labels
 
 
 @pytest.fixture
@@ -133,3 +133,25 @@ def test_selected_rows_lose_the_columns_that_others_needed():
     whole, layout = PaddedLayout().select(inputs, rows)
     assert whole["input_ids"].shape == (2, 5)
     assert layout.widths is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_labels_are_scored_as_a_plain_forward_pass_scores_them(tokenizer, cpu, family):
+    model, batch = _model(family, tokenizer).eval(), _batch()
+    found = score_labels(model, batch, cpu)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    log_p = logits[:, :-1].double().log_softmax(-1)
+    mask = batch["labels"][:, 1:] != -100
+    assert torch.equal(found.label_mask, mask)
+    wanted = log_p.gather(2, batch["input_ids"][:, 1:, None])[..., 0] * mask
+    torch.testing.assert_close(found.log_probs.double(), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy.double(), -(log_p.exp() * log_p).sum(-1) * mask, atol=1e-5, rtol=0)
+    assert not found.log_probs.requires_grad
+
+
+def test_without_labels_there_is_nothing_to_score(tokenizer, cpu):
+    batch = _batch()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    found = score_labels(_model("llama", tokenizer), batch, cpu)
+    assert not found.log_probs.any()
+    assert not found.label_mask.any()

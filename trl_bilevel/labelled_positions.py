@@ -14,6 +14,9 @@ from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
 
 
+_LABELS_AT_ONCE = 128
+
+
 class HeadOutputs(NamedTuple):
     """Fields of TRL's `FusedCausalLMOutput`, each of shape (B, L-1); 0 where there is no label."""
 
@@ -57,7 +60,7 @@ def fused_forward(
     labels = inputs["labels"][:, 1:]
     mask = labels != -100  # (B, L-1)
     others = {name: value for name, value in inputs.items() if name != "labels"}
-    with _hidden_states_of(unwrapped, mask):
+    with _labelled_hidden_states(unwrapped, mask):
         outputs = model(**others, **options, shift_labels=labels[mask][None], use_cache=False, fused_lm_head=True)
 
     def at_positions(values: torch.Tensor) -> torch.Tensor:
@@ -73,8 +76,50 @@ def fused_forward(
     )
 
 
+class LabelScores(NamedTuple):
+    """What a model says of the labels, each of shape (B, L-1)."""
+
+    log_probs: torch.Tensor
+    """Nats; 0 where there is no label."""
+    entropy: torch.Tensor
+    """Of the next-token distributions, nats; 0 where there is no label."""
+    label_mask: torch.Tensor
+
+
+@torch.no_grad()
+def score_labels(model: Any, inputs: dict[str, torch.Tensor], args: TrainingArguments) -> LabelScores:
+    """
+    Log-probabilities and entropies of the labels, without gradient.
+
+    On a CPU by the model's own head and two passes over its logits, where TRL's fused head takes ten; elsewhere by
+    the fused head, which never holds all logits.
+
+    Args:
+        model (`torch.nn.Module`): not prepared by accelerate; with TRL's fused head.
+        inputs (`dict`): of the model, with `labels` of shape (B, L).
+        args (`transformers.TrainingArguments`): as for [`fused_forward`].
+    """
+    if not leaves_out_unlabelled(model, args):
+        outputs = fused_forward(model, model, inputs, args)
+        return LabelScores(outputs.log_probs, outputs.entropy, outputs.label_mask)
+    labels = inputs["labels"][:, 1:]
+    mask = labels != -100  # (B, L-1)
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    with _labelled_hidden_states(model, mask):
+        logits = model(**others, use_cache=False).logits[0]  # (n, V), n labels
+    found, entropies = [], []
+    for part, wanted in zip(logits.split(_LABELS_AT_ONCE), labels[mask].split(_LABELS_AT_ONCE), strict=True):
+        log_p = part.log_softmax(-1, dtype=torch.float32)
+        found.append(log_p.gather(1, wanted[:, None])[:, 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    zeros = torch.zeros(mask.shape)
+    return LabelScores(
+        zeros.masked_scatter(mask, torch.cat(found)), zeros.masked_scatter(mask, torch.cat(entropies)), mask
+    )
+
+
 @contextmanager
-def _hidden_states_of(model: Any, mask: torch.Tensor) -> Iterator[None]:
+def _labelled_hidden_states(model: Any, mask: torch.Tensor) -> Iterator[None]:
     """Inside the block the backbone ends with the hidden states of shape (1, n, H) that `mask` (B, L-1) marks."""
     backbone = (model.get_base_model() if is_peft_model(model) else model).base_model
 

@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 
 from ..assistant_turns import is_conversation_without_prompt, mark_assistant_turns
 from ..batch_layout import padded
-from ..labelled_positions import fused_forward
+from ..labelled_positions import score_labels
 from ..paired_batches import add_sample_indices, read_sample_indices
 from ..refine_prompts import stop_token_ids
 from ..run_settings import row_options
@@ -91,7 +91,7 @@ class RowScreener:
         examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         inputs = trainer._prepare_inputs(padded(trainer.data_collator)(examples))
         with trainer.accelerator.autocast():
-            outputs = fused_forward(trainer.model, trainer.model, inputs, trainer.args)
+            outputs = score_labels(trainer.model, inputs, trainer.args)
         return answer_statistics(
             outputs.log_probs,
             outputs.entropy,
