@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.beds import ARITHMETIC, BAD_SHARES, FIRST_CONTACT, FORMATS, HALLUCINATION, PIPELINE, Bed
-from lib.method_names import BMO, FIRST_ROUND, PUBLIC_CODES
+from lib.method_names import BMO, FIRST_ROUND, PUBLIC_CODES, SCREENED
 from lib.methods import ON_BEDS
 from lib.results import Results, fill_in, markdown, spread
 from rich.console import Console
@@ -43,6 +43,12 @@ _BEDS = {
     HALLUCINATION: Bed(HALLUCINATION),
 }
 _WEIGHTS = {"weight_p5": "5th percentile", "weight_p95": "95th percentile", "good_weight": "share on good rows"}
+_CUT = {
+    "noise_rate": "estimated noise rate",
+    "control_auroc": "positive control",
+    "dropped": "dropped by `auto`",
+    "good_among_dropped": "good among them",
+}
 _FIRST_CONTACT = {
     "held_out_loss": "held-out loss",
     "auroc": "AUROC of the ranking",
@@ -72,13 +78,25 @@ def weights_across_beds(results: Results, seeds: list[int]) -> Rows:
     """How far the learned weights spread, by method, format and bed."""
     rows = []
     for row_format in FORMATS:
-        for method in (FIRST_ROUND, PUBLIC_CODES, BMO):
+        for method in (SCREENED, FIRST_ROUND, PUBLIC_CODES, BMO):
             for name, bed in _BEDS.items():
                 problem = str(bed._replace(row_format=row_format))
                 cells = [_cell(results, problem, method, measure, seeds) for measure in _WEIGHTS]
                 if any(cell != "-" for cell in cells):
                     rows.append([method, row_format, name, *cells])
     return ["method", "format", "bed", *_WEIGHTS.values()], rows
+
+
+def cut_of_the_screen(results: Results, seeds: list[int]) -> Rows:
+    """What a run that starts from a screen says of the number of bad rows, and what `keep_ratio="auto"` drops."""
+    rows = []
+    for row_format in FORMATS:
+        for name, bed in _BEDS.items():
+            problem = str(bed._replace(row_format=row_format))
+            cells = [_cell(results, problem, SCREENED, measure, seeds) for measure in _CUT]
+            if any(cell != "-" for cell in cells):
+                rows.append([row_format, name, *cells])
+    return ["format", "bed", *_CUT.values()], rows
 
 
 def first_contact(results: Results, seeds: list[int]) -> Rows:
@@ -107,6 +125,7 @@ TABLES: dict[str, Callable[[Results, list[int]], Rows]] = {
         for title, measure in [*_MEASURES.items(), ("exact match", "exact_match")]
         for row_format in FORMATS
     },
+    "cut": cut_of_the_screen,
     "weights": weights_across_beds,
     "first contact": first_contact,
 }

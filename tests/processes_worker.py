@@ -9,8 +9,9 @@ import torch
 from conftest import build_tiny_model, build_tokenizer, prompt_completion_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
+from trl import SFTConfig
 
-from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
+from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer, screen_dataset
 
 
 class LogsOnOne(TrainerCallback):
@@ -72,6 +73,12 @@ def main(output_dir: str, options: dict, per_device_batch_size: int, num_rows: i
         "logs": trainer.state.log_history,
         "responses": trainer.response_store.table().to_pylist(),
     }
+    if options.get("screen"):
+        args = SFTConfig(output_dir, use_cpu=True, bf16=False, report_to="none", activation_checkpointing=False)
+        folder, model = Path(output_dir) / "screened", build_tiny_model("llama", tokenizer)
+        # Chunks and batches of a few rows, which the processes share
+        more = {"processing_class": tokenizer, "output_dir": folder, "chunk_size": 9, "tokens_per_batch": 64}
+        result["screened"] = screen_dataset(model, train_dataset, validation_dataset, args, **more).scored["score"][:]
     torch.save(result, Path(output_dir) / f"result-{trainer.accelerator.process_index}.pt")
 
 

@@ -80,10 +80,10 @@ def test_equal_scores_keep_the_order_of_the_rows():
         lambda ratio: publish_curated_dataset(ROWS, {}, "me/rows", ratio),
         lambda ratio: load_curated_dataset("me/rows", keep_ratio=ratio),
         lambda ratio: build_report("nowhere", ratio),
-        lambda ratio: BilevelScriptArguments(keep_ratio=ratio),
+        lambda ratio: BilevelScriptArguments(keep_ratio=str(ratio)),
     ],
 )
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.01, float("nan")])
 def test_one_rule_of_what_a_share_may_be(cut, ratio):
-    with pytest.raises(ValueError, match=rf"larger than 0 and at most 1, got {ratio}\. Leave it out for all rows"):
+    with pytest.raises(ValueError, match=rf"'auto', or larger than 0 and at most 1, got {ratio}\. 1 keeps all rows"):
         cut(ratio)

@@ -663,6 +663,7 @@ CHANGED = {
     "validation_loss_type": ("dpo", {}),
     "beta": (0.2, {"validation_loss_type": "dpo"}),
     "per_device_validation_batch_size": (2, {}),
+    "screen": (False, {}),
     "value_function": ("none", {}),
     "value_function_rows": ("all", _EXCESS),
     "selector_prior": (0.3, _EXCESS),

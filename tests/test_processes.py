@@ -55,6 +55,8 @@ RUNS: list[dict[str, Any]] = [
     },
     {"selection_method": "bmo", "packing": True, "max_length": 80},
     {**REFINE, "padding_free": True, "max_length": None},
+    # Each process reads its share of the rows, and all have all weights
+    {"screen": True},
 ]
 
 
@@ -106,6 +108,10 @@ def test_two_processes_equal_one(one_process, two_processes, number):
     assert len(logs[1]) == len(logs[0]) > 1
     for entry, expected in zip(logs[1], logs[0], strict=True):
         assert entry == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    if "screen" in options:
+        assert len(one["screened"]) == 24
+        for screened in (first["screened"], second["screened"]):
+            assert screened == pytest.approx(one["screened"], abs=1e-4)
     if "refine_ratio" in options:
         for responses in (first["responses"], second["responses"]):
             assert len(responses) == len(one["responses"]) >= 2 * 18

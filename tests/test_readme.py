@@ -120,7 +120,7 @@ def test_the_swap_and_every_block_of_python(hub, new_user, on_the_cpu, monkeypat
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own option of a name that is deprecated
         exec(before, dict(names))
     exec(after, names)
-    assert len(names["curated"]) == 28
+    assert len(names["curated"]) == 40  # ten trusted rows are too few for a screen: nothing is promised
     names |= {"load_dataset": load_dataset, "load_curated_dataset": load_curated_dataset, "corpus": mixture}
     refining, publishing, others = _python_blocks()
     exec(refining, names)

@@ -168,7 +168,6 @@ def test_numbers_are_those_of_curate(bds_run):
     assert by_source == expected
     assert "Finished: step 6 of 6." in page
     assert "trl-bilevel curate --keep_ratio 0.4" in page
-    assert "keeps them. 0 rows have proved good" in page  # no source's logit has risen above the prior's
     tokens = read_log(bds_run).last("num_tokens")
     cost = dict(cells for _, cells in page.rows("cost"))
     assert cost["optimizer steps"] == "6 of 6"
@@ -255,9 +254,7 @@ def test_refined_answers_are_beside_the_originals(bmo_run):
     _check_lists(page, curated)
     refined = sorted((r for r in curated if r["response_source"] == "refined"), key=lambda row: row["rank"])
     assert len(refined) >= 10
-    proved = sum(weight > 1 for weight in curated["weight"])  # more than the mean; all rows were seen
-    assert 0 < proved < 24
-    assert f"; {proved} rows have proved good" in page
+    assert "learned weights promise nothing" in page
     num_unscored = 24 - sum(curated["scored"])
     assert page.rows("counts")[0][1][1:6] == ["24", "24", "0", str(len(refined)), str(num_unscored)]
     for (sample_id, cells), row in zip(page.rows("refined"), refined[:10], strict=True):
@@ -455,7 +452,7 @@ def test_command_writes_the_page(bmo_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "damage", "message"),
     [
-        (["--keep_ratio", "1.5"], None, "`keep_ratio` must be larger than 0 and at most 1, got 1.5"),
+        (["--keep_ratio", "1.5"], None, "`keep_ratio` must be 'auto', or larger than 0 and at most 1, got 1.5"),
         (["--source_column", "origin"], None, "`source_column='origin'` is not a column"),
         ([], "_run.json", r"_run\.json is damaged and cannot be read"),
         ([], "_trainer_state.json", r"_trainer_state\.json is damaged and cannot be read .*Delete"),

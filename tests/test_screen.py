@@ -208,7 +208,7 @@ def test_curation_keeps_what_it_says(screen, rows, trusted):
     assert screening.curate(None).num_rows == 30
     assert all(screening.curate()["kept"])
     assert screening.curate().num_rows == sum(screening.scored["kept"])
-    with pytest.raises(ValueError, match="'auto' or `None`, got 'best'"):
+    with pytest.raises(ValueError, match="must be 'auto', or larger than 0 and at most 1, got best"):
         screening.curate("best")
     with pytest.raises(ValueError, match="larger than 0 and at most 1, got 70"):
         screening.curate(70)
@@ -217,8 +217,8 @@ def test_curation_keeps_what_it_says(screen, rows, trusted):
 def test_rows_like_the_trusted_ones_are_said_to_be_no_ranking(screen, trusted):
     screening = screen(prompt_completion_rows(40, offset=1040), trusted)
     assert not screening.is_informative
-    assert "cannot" not in screening.summary()
-    assert "can be told from noise" in screening.summary()
+    assert 0.2 < screening.control_auroc < 0.75  # of random weights: chance, from 40 pairs
+    assert "cannot be told from noise by this model" in screening.summary()
     assert screening.curate().num_rows == 40
 
 
@@ -266,7 +266,7 @@ def test_the_command_screens_and_curates(build_model, tokenizer, rows, trusted, 
         == rows.select(range(30)).filter(lambda row: row["note"] in set(curated["note"])).to_list()
     )
     for wrong, message in (
-        (["--keep_ratio", "most"], "must be 'auto' or a share"),
+        (["--keep_ratio", "most"], "must be 'auto', or larger than 0"),
         (["--keep_ratio", "70"], "at most 1, got 70"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -156,7 +156,7 @@ def test_curated_stream_is_read_no_further_than_needed(train, tmp_path):
     assert write_parquet(trainer.curate(), path) == 20
     assert Dataset.from_parquet(str(path), cache_dir=str(tmp_path)).to_list() == list(trainer.curate())
     assert [file.name for file in path.parent.iterdir()] == ["train.parquet"]
-    with pytest.raises(ValueError, match="must be larger than 0 and at most 1, got 2"):
+    with pytest.raises(ValueError, match="must be 'auto', or larger than 0 and at most 1, got 2"):
         trainer.curate(2)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
 
 from .batch_layout import PaddedLayout, padded
@@ -24,8 +24,12 @@ from .response_generation import (
     model_log_probs,
     ready_to_generate,
 )
+from .screening.evidence import FEWEST_TRUSTED
 from .self_refining_collator import SelfRefiningCollator
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
+
+
+_MIN_TRUSTED_ROWS = 30  # with fewer, chance passes the positive control of a screen too often
 
 
 def check_arguments(
@@ -122,6 +126,28 @@ class BilevelSetup(SFTTrainer):
                 "virtual tokens come before the first of the rows that share a sequence, not before each. Use "
                 "`padding_free=False`, or another adapter, for instance `peft_config=LoraConfig(...)`."
             )
+
+    def _resolve_screen(self, has_selector: bool, num_trusted: int) -> bool:
+        """Whether training starts with a screen, as asked for, or where the options leave it open and it can."""
+        args = self.args
+        needs = {
+            "`selection_method='bds'`": args.selection_method == "bds",
+            "mirror descent": args.selector_optimizer == "mirror_descent",
+            "sigmoid weights": args.selector_activation in (None, "sigmoid"),
+            "`validation_loss_type='nll'`": args.validation_loss_type == "nll",
+            "no `data_selector`": not has_selector,
+            "rows that are no stream": not isinstance(self.train_dataset, IterableDataset),
+            "a model that is whole on every process (no DeepSpeed or FSDP)": not self.is_sharded,
+            "rows that TRL tokenizes": not self._skip_prepare_dataset,
+            f"at least {FEWEST_TRUSTED} trusted rows": num_trusted >= FEWEST_TRUSTED,
+        }
+        missing = [name for name, is_met in needs.items() if not is_met]
+        if args.screen and missing:
+            raise ValueError(f"`screen=True` needs {', '.join(missing)}. Leave it out, or change that.")
+        leaves_open = args.value_function is None and args.selector_learning_rate is None
+        is_prior_default = args.selector_prior == BilevelSFTConfig.selector_prior
+        by_default = leaves_open and is_prior_default and not missing and num_trusted >= _MIN_TRUSTED_ROWS
+        return by_default if args.screen is None else args.screen
 
     def _resolve_value_function(self) -> bool:
         args = self.args

@@ -63,16 +63,26 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             Strength of the pull towards the reference in the `"dpo"` loss, as in [`~trl.DPOConfig`].
         per_device_validation_batch_size (`int`, *optional*):
             Validation rows (or pairs, each of two sequences) that join each `per_device_train_batch_size` training
-            rows in the same forward pass. If `None`, as many as training rows. With `packing` both count packed
-            sequences, and `None` takes no more than a small dataset fills.
+            rows in the same forward pass. If `None`, as many as training rows, or a quarter as many in a run that
+            started from a screen. With `packing` both count packed sequences, and `None` takes no more than a small
+            dataset fills.
 
+        screen (`bool`, *optional*):
+            Start from a screen: before the first step the model reads every row once, and a row's weight is the
+            probability that its answer is as good as the trusted ones, see [`screen_dataset`] and docs/screening.md.
+            The weights then stay as they are, unless `value_function="adapter"` is set as well, and trusted rows
+            join in a quarter as many as training rows. Costs a forward pass over the rows. If `None`, on where the
+            options leave it open (BDS with mirror descent and no `value_function` or `data_selector` given, at least
+            30 trusted rows, no stream, not DeepSpeed or FSDP) and the model passes the positive control: it must tell
+            trusted answers from each other's. A model of random weights does not; then weights are learned as
+            without a screen.
         value_function (`str`, *optional*):
             `"adapter"`: a second set of values for the PEFT adapter's parameters, on the same base, learns the
             training rows only. The selector then follows the excess loss, how much worse a row is under the model
             than under them, and not the loss, which is high for any hard row. Costs a forward and backward pass over
             the training rows, and ranks far better (docs/results.md). `"none"`: the loss itself. If `None`,
-            `"adapter"` for a model with a PEFT adapter, where nothing speaks against it: BDS with mirror descent,
-            without DeepSpeed, FSDP or fp16.
+            `"adapter"` for a model with a PEFT adapter where there is no screen and nothing speaks against it: BDS
+            with mirror descent, without DeepSpeed, FSDP or fp16.
         value_function_rows (`str`, *optional*, defaults to `"rejected"`):
             Which rows the value function learns: `"rejected"`, those the selector turned down; `"all"`; or
             `"selected"`, the lower level's weighted rows.
@@ -158,6 +168,13 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         metadata={
             "help": "Validation rows (or pairs) that join each `per_device_train_batch_size` training rows in the "
             "same forward pass. If `None`, as many as training rows."
+        },
+    )
+    screen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Start from a screen: one forward pass before training gives every row its weight. If `None`, on "
+            "where it works and the model tells trusted answers from each other's."
         },
     )
     value_function: ValueFunctionType | None = field(

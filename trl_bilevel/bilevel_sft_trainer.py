@@ -19,7 +19,7 @@ from .amortized_selector import AmortizedSelector, hidden_width
 from .bilevel_setup import BilevelSetup, check_arguments
 from .bilevel_sft_config import BilevelSFTConfig
 from .bilevel_step import BilevelStep
-from .curation import curate_dataset
+from .curation import check_keep_ratio, curate_dataset
 from .data_selector import DataSelector
 from .dataset_checks import (
     check_datasets,
@@ -36,7 +36,9 @@ from .response_checks import RewardFunc, check_reward_funcs
 from .row_format_checks import check_row_formats
 from .run_records import describe_run
 from .scoring import RowScorer, score_dataset
-from .selector_setup import build_selector, resolve_adaptive_validation_weight
+from .screening.screen_run import screen_run
+from .screening.verdict import Verdict
+from .selector_setup import build_selector, is_weight_given, resolve_adaptive_validation_weight
 from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
@@ -46,6 +48,7 @@ from .weight_history import WeightHistory
 
 logger = get_logger(__name__)
 
+_TOKENS_PER_BATCH = 2048  # of the screen's forward pass
 _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
@@ -79,6 +82,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
 
     Attributes:
         data_selector ([`DataSelector`]): the rows' weights, `data_selector.weights()`.
+        screening ([`~trl_bilevel.screening.verdict.Verdict`] or `None`): what the screen said that the weights come
+            from, once training has begun; `None` in a run without.
         validation_weight (`float`): lambda, as it is now.
         value_function ([`~trl_bilevel.value_function.ValueFunction`] or `None`): the values that the weights compare
             with; `None` in a run without.
@@ -141,6 +146,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         self._warn_about_published_paths()
 
         self._prepare_validation(validation_dataset)
+        self._starts_with_screen = self._resolve_screen(data_selector is not None, len(validation_dataset))
+        self._trusted_dataset = validation_dataset
         self._build_upper_level(data_selector)
         self._training_metrics = TrainingMetrics()
         self._weight_history = WeightHistory()
@@ -160,6 +167,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
     ) -> None:
         self._source_dataset = train_dataset
         self._is_streamed = isinstance(train_dataset, IterableDataset)
+        self.screening: Verdict | None = None  # of the screen that the weights come from
+        self._weights_are_screened = False
         self._sample_ids: pa.ChunkedArray | None = None  # of a stream the selector knows them
         if self._is_streamed:
             self._stream_ids = check_stream(train_dataset, args, data_selector)
@@ -228,6 +237,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
                 to other rows or options.
         """
         resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        if self._starts_with_screen:
+            self._start_from_screen()
         if self.refiner is not None:
             # Responses are known by the step they were made at, so every training has a folder of its own; going on
             # from a checkpoint replaces it
@@ -240,6 +251,37 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._weight_history.stop_clock()
+
+    def _start_from_screen(self) -> None:
+        """Before the first step: every row gets its weight from one forward pass under the model as it is."""
+        args = self.args
+        self._starts_with_screen = False  # later trainings go on with the weights there are
+        verdict = screen_run(
+            self, self._source_dataset, self._trusted_dataset, self._rows_fingerprint, _TOKENS_PER_BATCH
+        )
+        if not verdict.model_sees and args.screen is None:
+            logger.warning(
+                "This model tells a trusted answer from one of another prompt in "
+                f"{verdict.facts['control_auroc']:.0%} of the pairs (chance: 50%), too few to screen by. Weights are "
+                "learned while it trains."
+            )
+            return
+        self.screening, self._weights_are_screened = verdict, True
+        if self.data_selector.activation != "sigmoid":
+            self.data_selector = DataSelector(
+                self.data_selector.num_rows,
+                activation="sigmoid",
+                sources=self.data_selector.sources,
+                sample_ids=self._sample_ids,
+            )
+        self.data_selector.start_with(verdict.good_probability)
+        if args.value_function is None:
+            self.value_function = None
+            self.data_selector.learning_rate = 0.0
+        self._has_adaptive_weight = args.adaptive_validation_weight is not False and not is_weight_given(args)
+        self._set_validation_batch_size()
+        self._run_facts["method"] = "BDS, weights from a screen" + " and a value function" * bool(self.value_function)
+        self._run_facts["screening"] = verdict.facts
 
     # ---- Logs ----
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -271,12 +313,14 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self._metrics["train"].update({name: [value] for name, value in metrics.items()})
 
     # ---- Results and checkpoints ----
-    def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
+    def curate(self, keep_ratio: float | str | None = None) -> Dataset | IterableDataset:
         """
         The training dataset with every row's score, and only its best rows if `keep_ratio` is given.
 
         Args:
-            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps and scores all.
+            keep_ratio (`float` or `"auto"`, *optional*): share of rows to keep, in (0, 1]; `"auto"` leaves out what a
+                screen says can be dropped: rows of which at most a tenth is good on average, if good rows are like
+                the trusted ones. Learned weights promise nothing, and it drops none. `None` keeps and scores all.
 
         Returns:
             `datasets.Dataset`: the columns of `train_dataset` unchanged but for refined answers, then `sample_id`,
@@ -286,8 +330,14 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             [`~trl_bilevel.streamed_curation.curate_stream`].
 
         Raises:
-            `ValueError`: if `keep_ratio` is out of range, or if training has seen no row of a stream yet.
+            `ValueError`: if `keep_ratio` is out of range, or for a cut before any row has a score: train first.
         """
+        check_keep_ratio(keep_ratio)
+        if keep_ratio is not None and not self._is_streamed:
+            if self.state.global_step == 0 and not self.data_selector.scored.any():
+                raise ValueError("No row of this trainer has a score yet, so their order says nothing. Train first.")
+            if warning := self._ranking_warning():
+                logger.warning(warning)
         if isinstance(self.data_selector, StreamedSelector):
             return curate_stream(self._source_dataset, self._stream_ids, self.data_selector, keep_ratio)
         assert self._sample_ids is not None
@@ -299,6 +349,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             scored=self.data_selector.scored.numpy(),
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
+            verdict=self.screening,
+            num_dropped=0 if self.screening is None else int(self.screening.dropped.sum()),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),
         )
 

@@ -27,12 +27,14 @@ from .checkpoint_files import (
 )
 from .data_selector import DataSelector
 from .random_state import RandomState
+from .ranking_warning import ranking_warning
 from .refined_responses import CHECKPOINT_FILE_NAME, ResponseStore
 from .refined_responses import FOLDER_NAME as RESPONSES_FOLDER_NAME
 from .refinement import Refiner
 from .row_scores import save_scores
 from .run_records import save_facts, save_training_rows
 from .run_settings import write_run_settings
+from .screening.verdict import Verdict
 from .streamed_selector import StreamedSelector
 from .training_log import save_log
 from .training_metrics import TrainingMetrics
@@ -54,6 +56,7 @@ class Checkpointing(SFTTrainer):
     _weight_history: WeightHistory
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
+    screening: Verdict | None
     _source_dataset: Dataset | IterableDataset
     _saved_checkpoint: Path | None = None
     _begun_step: int | None = None
@@ -144,6 +147,9 @@ class Checkpointing(SFTTrainer):
             write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)
 
+    def _ranking_warning(self) -> str | None:
+        return ranking_warning(self._run_facts, self.data_selector.statistics().effective_sample_ratio)
+
     def _save_records(self, directory: str) -> None:
         """What `trl-bilevel curate`, `push` and `report` need, without the model."""
         os.makedirs(directory, exist_ok=True)
@@ -157,6 +163,8 @@ class Checkpointing(SFTTrainer):
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
         self._weight_history.record(self.state.global_step, self.data_selector, self._total_train_tokens)
         self._weight_history.save(directory)
+        self._run_facts["warning"] = self._ranking_warning()
+        self._run_facts["cut"] = {"num_dropped": 0 if self.screening is None else int(self.screening.dropped.sum())}
         save_facts(directory, self._run_facts)
         if not is_checkpoint(directory):  # which has Trainer's own
             save_log(directory, self.state)

@@ -6,12 +6,13 @@ from datasets import Dataset, concatenate_datasets
 
 from .parquet_files import column
 from .refined_rows import ORIGINAL_COLUMN, RESPONSES_COLUMN, apply_refined
+from .screening.verdict import VERDICT_COLUMNS, Verdict
 
 
 SAMPLE_ID_COLUMN = "sample_id"
 SCORE_COLUMNS = ("weight", "rank", "scored", "response_source")
 """What [`curate_dataset`] says of every row, besides its `sample_id`."""
-CURATION_COLUMNS = (*SCORE_COLUMNS, ORIGINAL_COLUMN, RESPONSES_COLUMN)
+CURATION_COLUMNS = (*SCORE_COLUMNS, *VERDICT_COLUMNS, ORIGINAL_COLUMN, RESPONSES_COLUMN)
 """Columns that [`curate_dataset`] adds to the user's, besides `sample_id`."""
 
 
@@ -21,9 +22,11 @@ def curate_dataset(
     weights: np.ndarray,
     scores: np.ndarray,
     scored: np.ndarray,
-    keep_ratio: float | None = None,
+    keep_ratio: float | str | None = None,
     responses: pa.Table | None = None,
     judged: np.ndarray | None = None,
+    verdict: Verdict | None = None,
+    num_dropped: int = 0,
 ) -> Dataset:
     """
     Add each row's score to its dataset, and keep the best rows.
@@ -39,6 +42,8 @@ def curate_dataset(
       False for an answer that training never came to after a refresh changed it; such a row ranks by the weight that
       new answers get;
     - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
+    - of a run that began with a screen `p_value`, `good_probability` and `reason`, what it said of the row's original
+      answer; see [`~trl_bilevel.screening.verdict.Verdict`];
     - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
       were generated for the row, with their step, settings, the question's weight and the mean log-probability per
       token in nats. See [`~trl_bilevel.refined_rows.apply_refined`].
@@ -50,11 +55,13 @@ def curate_dataset(
         scores (`numpy.ndarray`): what to rank by, higher is better, shape (N,): the logits, which order rows whose
             weights are too small to differ.
         scored (`numpy.ndarray`): whether the row was ever scored, bool, shape (N,).
-        keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded to whole
-            rows, at least one. If `None`, all rows.
+        keep_ratio (`float` or `"auto"`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded
+            to whole rows, at least one. `"auto"` leaves out the last `num_dropped`. If `None`, all rows.
         responses (`pyarrow.Table`, *optional*): refined responses of the run.
         judged (`numpy.ndarray`, *optional*): whether the answer that a row has now was scored, bool, shape (N,); if
             `None`, `scored`.
+        verdict ([`~trl_bilevel.screening.verdict.Verdict`], *optional*): of a screen of the rows.
+        num_dropped (`int`): rows that `"auto"` leaves out.
 
     Returns:
         `datasets.Dataset`: the rows kept.
@@ -63,8 +70,8 @@ def curate_dataset(
         `ValueError`: if `keep_ratio` is out of range.
     """
     num_rows, split = len(dataset), dataset.split
-    num_kept = count_kept(num_rows, keep_ratio)
-    rank = rank_rows(scores, scored)
+    num_kept = count_kept(num_rows, keep_ratio, num_dropped)
+    rank = rank_rows(scores, scored, None if verdict is None else verdict.score)
     source_columns = {"response_source": pa.repeat("original", num_rows)}
     if responses is not None:
         dataset, source_columns = apply_refined(dataset.with_format(None), responses)
@@ -74,6 +81,9 @@ def curate_dataset(
         "scored": scored if judged is None else judged,
         **source_columns,
     }
+    if verdict is not None:
+        values = (verdict.p_values, verdict.good_probability, verdict.reasons)
+        columns |= dict(zip(VERDICT_COLUMNS, values, strict=True))
     if SAMPLE_ID_COLUMN not in dataset.column_names:
         columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}
     # Without a format of the user's, which joining would bake into the columns
@@ -84,17 +94,40 @@ def curate_dataset(
     return dataset.select(np.flatnonzero(rank <= num_kept))
 
 
-def check_keep_ratio(keep_ratio: float | None) -> None:
-    """Raise a `ValueError` for a share out of (0, 1]."""
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+def check_keep_ratio(keep_ratio: float | str | None) -> None:
+    """Raise a `ValueError` for a share out of (0, 1], and for another word than "auto"."""
+    if keep_ratio is None or keep_ratio == "auto":
+        return
+    if isinstance(keep_ratio, str) or not 0 < keep_ratio <= 1:
         raise ValueError(
-            f"`keep_ratio` must be larger than 0 and at most 1, got {keep_ratio}. Leave it out for all rows, scored."
+            f"`keep_ratio` must be 'auto', or larger than 0 and at most 1, got {keep_ratio}. 1 keeps all rows, scored."
         )
 
 
-def count_kept(num_rows: int, keep_ratio: float | None) -> int:
+def parse_keep_ratio(text: str) -> float | str:
     """
-    How many of some rows a share keeps: rounded to whole rows, at least one; all if it is `None`.
+    A share or "auto", as the command line has it.
+
+    Example:
+
+    ```python
+    >>> parse_keep_ratio("0.7"), parse_keep_ratio("auto")
+    (0.7, 'auto')
+
+    ```
+    """
+    try:
+        keep_ratio: float | str = text if text == "auto" else float(text)
+    except ValueError:
+        keep_ratio = text
+    check_keep_ratio(keep_ratio)
+    return keep_ratio
+
+
+def count_kept(num_rows: int, keep_ratio: float | str | None, num_dropped: int = 0) -> int:
+    """
+    How many of some rows a share keeps: rounded to whole rows, at least one; all if it is `None`, and all but
+    `num_dropped` if it is "auto".
 
     Raises:
         `ValueError`: if `keep_ratio` is out of range.
@@ -102,18 +135,25 @@ def count_kept(num_rows: int, keep_ratio: float | None) -> int:
     Example:
 
     ```python
-    >>> count_kept(10, 0.72), count_kept(10, 0.01), count_kept(10, None)
-    (7, 1, 10)
+    >>> count_kept(10, 0.72), count_kept(10, 0.01), count_kept(10, None), count_kept(10, "auto", num_dropped=4)
+    (7, 1, 10, 6)
 
     ```
     """
     check_keep_ratio(keep_ratio)
-    return num_rows if keep_ratio is None else max(1, round(keep_ratio * num_rows))
+    if keep_ratio is None or isinstance(keep_ratio, str):
+        return max(1, num_rows - num_dropped) if keep_ratio == "auto" else num_rows
+    return max(1, round(keep_ratio * num_rows))
 
 
-def rank_rows(scores: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the best row's, int64 of shape (N,); rows that were not scored come last."""
-    best_first = np.lexsort((-scores, ~scored))  # (N,): by the last key first; equal rows keep their order
+def rank_rows(scores: np.ndarray, scored: np.ndarray, evidence: np.ndarray | None = None) -> np.ndarray:
+    """
+    Ranks from 1, the best row's, int64 of shape (N,); rows that were not scored come last.
+
+    Rows of equal scores are ranked by the evidence against them, shape (N,), if it is given.
+    """
+    ties = np.zeros(len(scores)) if evidence is None else np.nan_to_num(evidence)
+    best_first = np.lexsort((ties, -scores, ~scored))  # (N,): by the last key first; equal rows keep their order
     rank = np.empty(len(scores), dtype=np.int64)
     rank[best_first] = np.arange(1, len(scores) + 1)
     return rank

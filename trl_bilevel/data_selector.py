@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from . import selector_files
-from .selector_transfer import transferred_logits
+from .selector_transfer import probability_logits, transferred_logits
 from .selector_updates import (
     SelectorActivation,
     check_positions,
@@ -108,6 +108,7 @@ class DataSelector:
         if not 0 < prior < 1 or (activation == "softmax" and prior != 0.5):
             raise ValueError(f"prior must be in (0, 1), and 0.5 for softmax weights, which ignore it; got {prior}.")
         self.prior = prior
+        self._is_fixed = learning_rate == 0
         self._sample_ids = sample_ids
         self.sources = sources
         # A unit is what has a weight: a row, or a source
@@ -255,12 +256,13 @@ class DataSelector:
         """
         Forget what spoke against rows whose answers were replaced: their logits rise to the neutral one.
 
-        Nothing happens where a weight is not the row's own to forget: with sources, or with `learning_rate=0`.
+        Nothing happens where a weight is not the row's own to forget: with sources, or with `learning_rate=0` from the
+        beginning.
 
         Args:
             row_indices (`torch.Tensor`): positions of the rows in the training dataset, shape (B,), int64.
         """
-        if self.sources is not None or self.learning_rate == 0 or row_indices.numel() == 0:
+        if self.sources is not None or self._is_fixed or row_indices.numel() == 0:
             return
         units = self._units_of(row_indices)
         self._sums.set_logits(self._unit_logits, units, self._unit_logits[units].clamp(min=self.neutral_logit))
@@ -354,6 +356,23 @@ class DataSelector:
         selector._sums.refresh(selector._unit_logits)
         return selector
 
+    def start_with(self, probabilities: np.ndarray) -> None:
+        """
+        Give every row the weight of a probability that it is good, found elsewhere.
+
+        Args:
+            probabilities (`numpy.ndarray`): shape (N,), in [0, 1]; NaN where nothing is known, which counts as one
+                half and is not `scored`. A source gets the mean logit of its rows.
+
+        Raises:
+            `ValueError`: for softmax weights, which are no probabilities.
+        """
+        if self.activation != "sigmoid":
+            raise ValueError("Only sigmoid weights can start with probabilities.")
+        self.prior = 0.5
+        self._sums = WeightSums(self.activation, self._sums.unit_sizes, self.prior)
+        self._start(*probability_logits(probabilities))
+
     def start_from(self, other: "DataSelector") -> int:
         """
         Take over the weights of another selector, joined by sample id.
@@ -376,13 +395,17 @@ class DataSelector:
                 f"`selector_activation={other.activation!r}`."
             )
         logits, known = transferred_logits(self, other)
+        self._start(logits, known)
+        return int(known.sum())
+
+    def _start(self, logits: torch.Tensor, known: torch.Tensor) -> None:
+        """Logits of all rows and of which something is known, both of shape (N,)."""
         if self._sums.unit_sizes is not None and self.sources is not None:
             total = torch.zeros_like(self._sums.unit_sizes).index_add_(0, self.sources, logits.double())
             logits = total / self._sums.unit_sizes
         self._unit_logits.copy_(logits)
         self._scored[self._units_of(known.nonzero().flatten())] = True
         self._sums.refresh(self._unit_logits)
-        return int(known.sum())
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in ("num_rows", "activation", "optimizer", "prior")}

@@ -20,6 +20,7 @@ from .dataset_sources import source_ids, source_text
 from .parquet_files import column
 from .refined_rows import ORIGINAL_COLUMN
 from .report_rows import read_message
+from .screening.verdict import summarize
 
 
 CONFIGS = ("curated", "scores", "refined")
@@ -96,20 +97,29 @@ def build_card(
         "figure": FIGURE_PATH,
         "stricter": _stricter_ratio(num_kept, len(scored)),
         "source_columns": [escape(name) for name in _source_columns(scored)],
-        "base_model": facts["base_model"],
-        "method": facts["method"],
-        "options": {name: option_cell(value) for name, value in facts["options"].items()},
         "paper_id": PAPER_ID,
         "citation": PAPER_CITATION,
-        "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
-        "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
-        "command": _command(facts),
-        "fence": _fence(_command(facts)),
+        **_how_it_was_made(facts),
         "examples": {} if sensitive else _examples(scored, kept, refined),
     }
     template = resources.files("trl_bilevel").joinpath("cards/dataset_card.md.jinja").read_text(encoding="utf-8")
     ours = Environment(keep_trailing_newline=True, trim_blocks=True).from_string(template).render(values)
     return _merge(metadata, ours, old_card)
+
+
+def _how_it_was_made(facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "base_model": facts["base_model"],
+        "method": facts["method"],
+        "options": {name: option_cell(value) for name, value in facts["options"].items()},
+        "versions": ", ".join(f"{name} {number}" for name, number in facts["packages"].items()),
+        "requirements": " ".join(f"{name}=={number}" for name, number in facts["packages"].items()),
+        "command": _command(facts),
+        "fence": _fence(_command(facts)),
+        "screening": summarize(facts["screening"]) if facts.get("screening") else [],
+        "warning": facts.get("warning"),
+        "subcommand": "screen" if facts["method"] == "Screen" else "sft",
+    }
 
 
 def _stricter_ratio(num_kept: int, num_rows: int) -> float:

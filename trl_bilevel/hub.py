@@ -45,7 +45,7 @@ def publish_curated_dataset(
     scored: Dataset,
     facts: dict[str, Any],
     repo_id: str,
-    keep_ratio: float | None = None,
+    keep_ratio: float | str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -67,7 +67,8 @@ def publish_curated_dataset(
         scored (`datasets.Dataset`): all N rows, as `curate()` returns them without a `keep_ratio`.
         facts (`dict`): of the run, for the card, see [`~trl_bilevel.run_records.describe_run`].
         repo_id (`str`): of the dataset repository, created if it does not exist.
-        keep_ratio (`float`, *optional*): share of the rows in the configuration `curated`, in (0, 1]; all if `None`.
+        keep_ratio (`float` or `"auto"`, *optional*): share of the rows in the configuration `curated`, in (0, 1];
+            `"auto"` leaves out those that a screen says can be dropped; all if `None`.
         private (`bool`, *optional*): whether a new repository is private; the account's default if `None`.
         token (`str`, *optional*): to write with; the one logged in with if `None`.
         revision (`str`, *optional*): branch, created if it does not exist, or a pull request, `refs/pr/N`; `main` if
@@ -88,7 +89,7 @@ def publish_curated_dataset(
         `ValueError`: for a ratio out of range or a repository name that cannot be.
         [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
     """
-    num_kept = count_kept(len(scored), keep_ratio)
+    num_kept = count_kept(len(scored), keep_ratio, facts.get("cut", {}).get("num_dropped", 0))
     check_repo_id(repo_id)
     api = HfApi(token=token)
     with explained(repo_id, retry_command):

@@ -41,13 +41,13 @@ class HubPublishing(Checkpointing):
     _curated_repo_id: str | None  # once it was pushed
     _is_pushing = False
 
-    def curate(self, keep_ratio: float | None = None) -> Dataset | IterableDataset:
+    def curate(self, keep_ratio: float | str | None = None) -> Dataset | IterableDataset:
         raise NotImplementedError
 
     def push_curated_dataset(
         self,
         repo_id: str,
-        keep_ratio: float | None = None,
+        keep_ratio: float | str | None = "auto",
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
@@ -66,7 +66,8 @@ class HubPublishing(Checkpointing):
 
         Args:
             repo_id (`str`): dataset repository, created if it does not exist.
-            keep_ratio (`float`, *optional*): share of rows to keep, in (0, 1]; `None` keeps all.
+            keep_ratio (`float` or `"auto"`, *optional*, defaults to `"auto"`): which rows are kept, see
+                [`BilevelSFTTrainer.curate`]; `None` keeps all.
             private (`bool`, *optional*): whether a new repository is private.
             token (`str`, *optional*): to write with; `hub_token`, or the one logged in with, if `None`.
             revision (`str`, *optional*): branch, created if it does not exist; or a pull request, `refs/pr/N`.

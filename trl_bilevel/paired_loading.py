@@ -28,12 +28,16 @@ from .self_refining_collator import SelfRefiningCollator
 from .streamed_selector import StreamedSelector
 
 
+_TRAINING_ROWS_PER_TRUSTED = 4  # where weights come from a screen (docs/real_models.md)
+
+
 class PairedLoading(SFTTrainer):
     """Prepares the validation rows as TRL prepares the training rows, and puts both into one dataloader."""
 
     data_collator: Any
     validation_dataset: Dataset
     _signature_columns: list[str]
+    _weights_are_screened: bool
 
     def _pack(self) -> None:
         """Packed sequences of rows, by the rows' numbers; `None` for rows that have a sequence each."""
@@ -57,6 +61,8 @@ class PairedLoading(SFTTrainer):
         batch_size = args.per_device_validation_batch_size
         if batch_size is None:
             batch_size = args.per_device_train_batch_size
+            if self._weights_are_screened and self.packed_validation is None:
+                batch_size = max(1, batch_size // _TRAINING_ROWS_PER_TRUSTED)
             if self.packed_validation is not None:
                 # A small dataset packs into few sequences
                 batch_size = max(1, min(batch_size, len(validation) // batches_per_step))

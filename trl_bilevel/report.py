@@ -7,6 +7,7 @@ browser run nothing and load nothing.
 
 import json
 import os
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ from .model_card import validation_loss_unit
 from .parquet_files import column
 from .report_figures import draw_curves, draw_weights
 from .report_rows import ReportRow, plain_text, report_rows
-from .row_scores import count_proved_good, find_scores
-from .run_records import curate_run, read_facts
+from .row_scores import find_scores
+from .run_records import curate_run, num_dropped, read_facts
+from .screening.verdict import summarize
 from .training_log import TrainingLog, read_log
 from .weight_history import WeightHistory
 from .whole_files import write_whole
@@ -33,6 +35,7 @@ _NUM_ROWS = 10  # of each list
 _NUM_AROUND_CUT = 5  # on either side
 _MOST_SOURCES = 50
 _MOST_REFRESHES = 10
+_MOST_REASONS = 8
 _LOSSES = {
     "training_loss": "training rows",
     "validation_loss": "trusted rows",
@@ -65,13 +68,16 @@ class SourceCounts(NamedTuple):
     mean_weight: float
 
 
-def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, source_column: str | None = None) -> str:
+def build_report(
+    run_dir: str | os.PathLike, keep_ratio: float | str | None = "auto", source_column: str | None = None
+) -> str:
     """
     The report of a run on disk as HTML; no model is loaded.
 
     Args:
         run_dir (`str` or `os.PathLike`): output folder of a run, finished or not, or a checkpoint.
-        keep_ratio (`float`, *optional*): share of the rows to count as kept, in (0, 1]; all by default.
+        keep_ratio (`float` or `"auto"`, *optional*, defaults to `"auto"`): which rows count as kept, see
+            [`~trl_bilevel.BilevelSFTTrainer.curate`].
         source_column (`str`, *optional*): column of the rows to count them by; that of the run by default.
 
     Raises:
@@ -91,7 +97,7 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
     log = read_log(directory) or TrainingLog(0, 0, 0.0, [])
     history = WeightHistory.load(directory)
     source_column = source_column or facts["options"].get("source_column")
-    num_kept = count_kept(len(scored), keep_ratio)
+    num_kept = count_kept(len(scored), keep_ratio, num_dropped(facts))
     values = {
         "name": plain_text(Path(os.path.abspath(run_dir)).name)[0],
         "facts": facts,
@@ -101,7 +107,9 @@ def build_report(run_dir: str | os.PathLike, keep_ratio: float | None = None, so
         "options": {name: json.dumps(value) for name, value in {**facts["options"], **facts["model_options"]}.items()},
         "log": log,
         "keep_ratio": keep_ratio,
-        "num_proved_good": count_proved_good(directory),
+        "verdict": [] if facts.get("screening") is None else summarize(facts["screening"]),
+        "warning": facts.get("warning"),
+        "reasons": _common_reasons(scored, num_kept),
         "counts": count_by_source(scored, num_kept, source_column),
         "source_column": source_column,
         "most_sources": _MOST_SOURCES,
@@ -184,6 +192,17 @@ def first_and_last_ranks(first_logits: np.ndarray, last_ranks: np.ndarray) -> tu
     first[known[np.argsort(-first_logits[known], kind="stable")]] = np.arange(1, len(known) + 1)
     last[known[np.argsort(last_ranks[known])]] = np.arange(1, len(known) + 1)
     return first, last
+
+
+def _common_reasons(scored: Dataset, num_kept: int) -> list[tuple[str, int]]:
+    """What the dropped rows have in common: the first words of a screen's reasons, and how many rows have them."""
+    if "reason" not in scored.column_names:
+        return []
+    dropped = scored.select(np.flatnonzero(column(scored, "rank") > num_kept))
+    kinds = Counter(
+        reason.partition(";")[0].partition(":")[0].strip() or "none alone stands out" for reason in dropped["reason"]
+    )
+    return kinds.most_common(_MOST_REASONS)
 
 
 def _weights(scored: Dataset) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class ReportRow(NamedTuple):
     """The answer that a refined one replaced."""
     ranks: tuple[int, int] | None = None
     """At the first checkpoint and now, among the rows scored by then; `None` where it is of no interest."""
+    reason: str = ""
+    """What a screen said of the row."""
 
 
 def plain_text(value: Any, longest: int = LONGEST_TEXT) -> tuple[str, str]:
@@ -158,6 +160,7 @@ def report_rows(
                 parts,
                 cell_fields(ORIGINAL_COLUMN, row[ORIGINAL_COLUMN]) if is_refined else [],
                 None if ranks is None else ranks[index],
+                plain_text(row.get("reason", ""))[0],
             )
         )
     return rows

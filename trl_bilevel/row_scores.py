@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoint_files import is_checkpoint
 from .data_selector import DataSelector
+from .screening.screened_folder import is_screened
 from .selector_files import selector_table
 from .whole_files import damage_explained, write_whole
 
@@ -78,7 +79,7 @@ def find_scores(run_dir: str | os.PathLike) -> Path:
     The folder with the scores that were written last: that of the run, or, if it was interrupted, a checkpoint.
 
     So they are of the newest run in the folder, however far earlier ones came, and of the newest part of a run that
-    went back to a checkpoint.
+    went back to a checkpoint. The folder of a screen is found as it is.
 
     Raises:
         `FileNotFoundError`: if there is none.
@@ -86,6 +87,8 @@ def find_scores(run_dir: str | os.PathLike) -> Path:
     """
     directory = Path(run_dir)
     written = {folder: _read_written(folder) for folder in _scored_folders(directory)}
+    if not written and is_screened(directory):
+        return directory
     if written:
         return max(written, key=lambda folder: (written[folder], folder == directory))
     if not directory.exists():

@@ -13,18 +13,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_from_disk
 from trl.trainer.utils import get_config_model_id
 
 from .card_options import card_options, model_options
-from .curation import curate_dataset
+from .curation import count_kept, curate_dataset
+from .data_selector import DataSelector
 from .dataset_sources import describe_dataset, is_hub_id
+from .parquet_files import column
 from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 from .refined_responses import read_arrived
 from .row_scores import find_scores, read_scores
-from .selector_files import METADATA_KEYS
+from .screening.screened_folder import is_screened, read_screened
+from .screening.verdict import read_verdict
+from .selector_files import METADATA_KEYS, selector_table
 from .whole_files import damage_explained, write_whole
 
 
@@ -66,21 +71,26 @@ def save_facts(directory: str | os.PathLike, facts: dict[str, Any]) -> None:
     write_whole(Path(directory) / FACTS_FILE_NAME, lambda path: path.write_text(text))
 
 
-def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> Dataset:
+def curate_run(run_dir: str | os.PathLike, keep_ratio: float | str | None = None) -> Dataset:
     """
     The curated dataset of a run on disk, finished or interrupted; no model is loaded.
 
     Args:
         run_dir (`str` or `os.PathLike`): output folder of a run, of which the last checkpoint is taken if it was
-            interrupted, or a checkpoint.
-        keep_ratio (`float`, *optional*): see [`BilevelSFTTrainer.curate`].
+            interrupted, or a checkpoint; or of a screen.
+        keep_ratio (`float` or `"auto"`, *optional*): see [`BilevelSFTTrainer.curate`].
 
     Raises:
         `FileNotFoundError`: if there is no run, or it has not come to its first checkpoint.
         `ValueError`: if `keep_ratio` is out of range, or the files do not belong together.
     """
     directory = find_scores(run_dir)
-    if read_facts(directory)["training"].get("is_stream"):
+    facts = read_facts(directory)
+    if is_screened(directory):
+        rows = read_screened(directory)
+        num_kept = count_kept(len(rows), keep_ratio, num_dropped(facts))
+        return rows.select(np.flatnonzero(column(rows, "rank") <= num_kept))
+    if facts["training"].get("is_stream"):
         raise ValueError(
             f"{directory} is of a run on a stream, whose rows are not on disk. Curate in the training script: "
             "`trainer.curate(...)`. After a restart build the trainer as before and take the weights from disk, "
@@ -118,6 +128,8 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | None = None) -> D
         judged=scores.column("judged").to_numpy(),
         keep_ratio=keep_ratio,
         responses=refined,
+        verdict=read_verdict(rows_folder.parent, fingerprint) if facts.get("screening") else None,
+        num_dropped=num_dropped(facts),
     )
 
 
@@ -129,7 +141,13 @@ def read_selector(run_dir: str | os.PathLike) -> pa.Table:
         `FileNotFoundError`: if there is no run.
         `ValueError`: if its scores are damaged.
     """
-    scores, _ = read_scores(find_scores(run_dir))
+    directory = find_scores(run_dir)
+    if is_screened(directory):
+        rows = read_screened(directory)
+        selector = DataSelector(len(rows), activation="sigmoid", sample_ids=rows.data.column("sample_id"))
+        selector.start_with(column(rows, "good_probability"))
+        return selector_table(selector)
+    scores, _ = read_scores(directory)
     metadata = scores.schema.metadata
     return scores.drop_columns("judged").replace_schema_metadata(
         {key: metadata[key] for key in METADATA_KEYS if key in metadata}
@@ -150,7 +168,7 @@ def push_command(run_dir: str | os.PathLike, repo_id: str, sensitive: bool = Fal
     """
     words = ["trl-bilevel", "push", str(run_dir), repo_id]
     for name, value in options.items():
-        if value is not None:
+        if value is not None and (name, value) != ("keep_ratio", "auto"):  # the default
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, *["--sensitive"] * sensitive])
 
@@ -212,13 +230,42 @@ def describe_run(
     """
     with_value_function = " with a value function" if has_value_function else ""
     and_adaptive = " and an adaptive validation weight" if has_adaptive_weight else ""
-    model_name = get_config_model_id(model.config)
     return {
         "method": args.selection_method.upper() + with_value_function + and_adaptive,
-        "base_model": model_name if model_name and is_hub_id(model_name) else None,
         "options": card_options(args),
+        **_describe_model_and_rows(model, training, validation),
+    }
+
+
+def describe_screen(
+    trainer: Any, training: Dataset | IterableDataset, validation: Dataset, screening: dict[str, Any]
+) -> dict[str, Any]:
+    """The same of a screen: `screening` are the facts of its [`~trl_bilevel.screening.verdict.Verdict`]."""
+    args = trainer.args
+    shown = {"max_length": args.max_length, "dataset_text_field": args.dataset_text_field}
+    defaults = type(args).__dataclass_fields__
+    facts = _describe_model_and_rows(trainer.model, training, validation)
+    facts["training"]["num_rows"] = screening["num_rows"]
+    return {
+        "method": "Screen",
+        "options": {name: value for name, value in shown.items() if value != defaults[name].default},
+        **facts,
+        "screening": screening,
+        "cut": {"num_dropped": screening["num_dropped"]},
+    }
+
+
+def _describe_model_and_rows(model: Any, training: Dataset | IterableDataset, validation: Dataset) -> dict[str, Any]:
+    model_name = get_config_model_id(model.config)
+    return {
+        "base_model": model_name if model_name and is_hub_id(model_name) else None,
         "model_options": model_options(model),
         "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),
     }
+
+
+def num_dropped(facts: dict[str, Any]) -> int:
+    """Rows that `keep_ratio="auto"` leaves out of a run or a screen."""
+    return facts.get("cut", {}).get("num_dropped", 0)

@@ -214,9 +214,10 @@ def score_to_files(
     """
     _check_dataset(scorer, dataset, chunk_size)
     folder = Path(output_dir)
-    _check_manifest(
-        folder, {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
-    )
+    accelerator = scorer.trainer.accelerator  # its processes work on the same chunks, and the main one writes them
+    manifest = {"model": scorer.fingerprint(), "rows": _fingerprint_rows(dataset), "chunk_size": chunk_size}
+    with accelerator.main_process_first():
+        _check_manifest(folder, manifest)
 
     digests: dict[Path, str] = {}  # of the chunks, in their order
 
@@ -228,9 +229,12 @@ def score_to_files(
     for chunk, table in _score_chunks(scorer, dataset, chunk_size, is_scored):
         path = _chunk_path(folder, chunk.number)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: digests[path]})
-        write_whole(path, partial(pa.parquet.write_table, table))
-    for path in set(folder.glob("scored-*.parquet")) - digests.keys():  # of a stream that has become shorter
-        path.unlink()
+        if accelerator.is_main_process:
+            write_whole(path, partial(pa.parquet.write_table, table))
+    if accelerator.is_main_process:
+        for path in set(folder.glob("scored-*.parquet")) - digests.keys():  # of a stream that has become shorter
+            path.unlink()
+    accelerator.wait_for_everyone()
     return [*digests]
 
 
@@ -259,7 +263,8 @@ def _score_chunks(
     had_progress_bars = not are_progress_bars_disabled()
     disable_progress_bars()  # of the preparation of every single chunk
     try:
-        with tqdm(total=total, unit="row", desc="Scoring") as progress:
+        is_hidden = not scorer.trainer.accelerator.is_local_main_process
+        with tqdm(total=total, unit="row", desc="Scoring", disable=is_hidden) as progress:
             for chunk in _chunks(dataset, chunk_size):
                 if not is_scored(chunk):
                     rows = _in_memory(chunk.rows)

@@ -83,9 +83,13 @@ def resolve_adaptive_validation_weight(
     """
     if args.adaptive_validation_weight is not None:
         return args.adaptive_validation_weight
-    is_weight_given = args.validation_weight != BilevelSFTConfig.validation_weight or args.validation_weight_decay != 0
     # A training row counts like a validation row only where both have the same kind of loss and a weight of their own
     are_alike = args.validation_loss_type == "nll" and args.source_column is None
     judges_each_row_on_its_own = not selector.centered  # see `build_selector`
     has_enough_rows = num_validation_rows >= _MIN_VALIDATION_ROWS
-    return judges_each_row_on_its_own and has_enough_rows and are_alike and not is_weight_given
+    return judges_each_row_on_its_own and has_enough_rows and are_alike and not is_weight_given(args)
+
+
+def is_weight_given(args: BilevelSFTConfig) -> bool:
+    """Whether the options choose a lambda, which is then left as it is."""
+    return args.validation_weight != BilevelSFTConfig.validation_weight or args.validation_weight_decay != 0

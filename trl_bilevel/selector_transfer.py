@@ -1,4 +1,4 @@
-"""What a selector knows of another dataset's rows: joined by sample id."""
+"""What a selector starts with: what another one knows of the rows, joined by sample id, or probabilities."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,6 +6,9 @@ import pyarrow.compute
 import torch
 
 from .selector_files import Selector
+
+
+_TAKEN_AT_ITS_WORD = (1e-4, 1 - 1e-4)  # probabilities; beyond them logits would not be finite in the end
 
 
 def transferred_logits(selector: Selector, other: Selector) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,3 +46,14 @@ def transferred_logits(selector: Selector, other: Selector) -> tuple[torch.Tenso
 def _strings(ids: pa.ChunkedArray) -> pa.Array:
     """Ids in one type, whatever integer or string type they were stored in."""
     return ids.cast(pa.large_string()).combine_chunks()
+
+
+def probability_logits(probabilities: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logits of probabilities, no further from one half than 1e-4 from 0 and 1, and which are known, shape (N,) each.
+
+    Args:
+        probabilities (`numpy.ndarray`): shape (N,), in [0, 1]; NaN where nothing is known, which gives a logit of 0.
+    """
+    known = torch.from_numpy(~np.isnan(probabilities))
+    return torch.from_numpy(np.nan_to_num(probabilities, nan=0.5)).double().clamp(*_TAKEN_AT_ITS_WORD).logit(), known

@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 
 def curate_stream(
-    stream: IterableDataset, sample_id_column: str, selector: StreamedSelector, keep_ratio: float | None = None
+    stream: IterableDataset, sample_id_column: str, selector: StreamedSelector, keep_ratio: float | str | None = None
 ) -> IterableDataset:
     """
     The rows of a stream that training has seen, with their scores, and only the best of them.

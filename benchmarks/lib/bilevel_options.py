@@ -15,6 +15,7 @@ from lib.method_names import (
     PUBLIC_CODES,
     REFINED,
     REFINED_RANDOM,
+    SCREENED,
 )
 
 
@@ -32,7 +33,10 @@ _PUBLIC_CODES: dict[str, Any] = {
 # Their step, 0.005, is for runs of many thousand steps
 LARGER_STEPS = {"dense Adam, step 0.02": 0.02, "dense Adam, step 0.1": 0.1}
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    FIRST_ROUND: {},
+    # The default where a model passes the positive control of the screen, which no toy does
+    SCREENED: {"screen": True},
+    # and where it does not
+    FIRST_ROUND: {"screen": False},
     # What the trusted rows in each batch do alone
     EQUAL_WEIGHTS: {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0},
     PUBLIC_CODES: _PUBLIC_CODES,

@@ -7,7 +7,7 @@ from datasets import concatenate_datasets
 
 from lib.bilevel_options import OPTIONS
 from lib.measures import best_rows, measure_answers, measure_cut, measure_unseen, measure_weights
-from lib.method_names import FIRST_ROUND, NO_VALUE_FUNCTION, SECOND_ROUND
+from lib.method_names import FIRST_ROUND, NO_VALUE_FUNCTION, SCREENED, SECOND_ROUND
 from lib.problem import Problem
 from lib.results import Files
 from lib.training import Run, adapter, common_options, train, train_sft
@@ -19,7 +19,9 @@ def run_bilevel(name: str, problem: Problem, files: Files) -> Run:
     """The bilevel trainer with the options of a method; ranked by the learned weights, where it learns them."""
     chosen: dict[str, Any] = {**problem.options, **OPTIONS[name]}
     options = {
-        "per_device_validation_batch_size": min(chosen["per_device_train_batch_size"], len(problem.trusted)),
+        "per_device_validation_batch_size": None
+        if name == SCREENED
+        else min(chosen["per_device_train_batch_size"], len(problem.trusted)),
         # Its scores are measured on rows that nothing was trained on
         "amortized_selector": problem.unseen is not None and name in (NO_VALUE_FUNCTION, FIRST_ROUND),
         **OPTIONS[name],
@@ -33,6 +35,17 @@ def run_bilevel(name: str, problem: Problem, files: Files) -> Run:
         peft_config=adapter(problem),
     )
     measures = train(trainer)
+    if name == SCREENED:
+        curated = trainer.curate()
+        assert trainer.screening is not None
+        is_dropped, facts = trainer.screening.dropped, trainer.screening.facts
+        measures |= {
+            "noise_rate": facts["noise_rate"]["estimate"],
+            "control_auroc": facts["control_auroc"],
+            "dropped": float(is_dropped.mean()),
+            "good_among_dropped": float(problem.good[is_dropped].mean()) if is_dropped.any() else 0.0,
+        }
+        return Run(trainer.model, -np.array(curated["rank"], dtype=float), measures, trainer)
     selector = trainer.data_selector
     if name == FIRST_ROUND:
         with files.first_round.open("wb") as file:

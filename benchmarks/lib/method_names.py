@@ -30,6 +30,7 @@ ON_SELECTED = "BDS, value function on selected rows"
 BMO = "BMO"
 BMO_SHARP = "BMO, temperature 0.3"
 FIRST_ROUND = "BDS (all defaults)"
+SCREENED = "BDS, weights from a screen"
 # Bilevel training with answers that the model writes anew
 REFINED = "BDS, refined: lowest weight"
 REFINED_RANDOM = "BDS, refined: random"

@@ -27,6 +27,7 @@ from lib.method_names import (
     PUBLIC_CODES,
     RANDOM,
     ROUNDS,
+    SCREENED,
     SFT,
     TRUSTED,
 )
@@ -65,7 +66,7 @@ METHODS = (
     *ABLATION_OPTIONS,
 )
 """All of them, in the order they are run in: what others build on comes first."""
-ON_BEDS = (BASE, SFT, TRUSTED, ORACLE, FIRST_ROUND, *RANKINGS, EQUAL_WEIGHTS, PUBLIC_CODES, BMO, *OWN_CUTS)
+ON_BEDS = (BASE, SFT, TRUSTED, ORACLE, SCREENED, FIRST_ROUND, *RANKINGS, EQUAL_WEIGHTS, PUBLIC_CODES, BMO, *OWN_CUTS)
 """What is run on real text by default."""
 ON_TOYS = tuple(
     [

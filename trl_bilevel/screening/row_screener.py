@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from peft import get_peft_model_state_dict
 
@@ -19,6 +19,8 @@ from ..paired_batches import add_sample_indices, read_sample_indices
 from ..refine_prompts import stop_token_ids
 from ..run_settings import row_options
 from .answer_statistics import STATISTICS, AnswerStatistics, answer_statistics
+from .evidence import FEWEST_TRUSTED
+from .positive_control import swap_answers
 
 
 class RowScreener:
@@ -55,25 +57,43 @@ class RowScreener:
     def statistics(self, rows: Dataset) -> AnswerStatistics:
         """Statistics of N rows in any format that [`~trl.SFTTrainer`] takes, in their order."""
         prepared = self._prepare(rows)
-        positions = read_sample_indices(prepared)
+        return self._statistics_of(prepared, read_sample_indices(prepared), rows)
+
+    @torch.no_grad()
+    def swapped_statistics(self, rows: Dataset) -> AnswerStatistics:
+        """Those of the same rows, each with the answer of another one, in no order; NaN where too few have one."""
+        prepared = self._prepare(rows)
+        if len(prepared) < FEWEST_TRUSTED:
+            raise ValueError(
+                f"{len(prepared)} of {len(rows)} trusted rows have an answer left after truncation, and at least "
+                f"{FEWEST_TRUSTED} are needed. Raise `max_length`, or give more."
+            )
+        swapped = swap_answers(prepared)
+        return self._statistics_of(swapped, np.arange(len(swapped)), rows)
+
+    def _statistics_of(self, prepared: Dataset, positions: np.ndarray, rows: Dataset) -> AnswerStatistics:
+        """Each process takes its share of the batches; all of them get all statistics."""
+        num_rows = len(rows)
         lengths = pa.compute.list_value_length(
             prepared.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
         ).to_numpy()
-        columns = {name: np.full(len(rows), np.nan) for name in STATISTICS}
-        hashes = np.zeros(len(rows), dtype=np.int64)
         trainer = self.trainer
         eos_token_ids = trainer.model.generation_config.eos_token_id
         end_ids = {*stop_token_ids(trainer._tokenizer, eos_token_ids, trainer.chat_template, rows[0])}
         was_training = trainer.model.training
-        self.trainer.model.eval()
+        trainer.model.eval()
+        batches = batches_by_length(lengths, self.tokens_per_batch)
+        own = batches[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
         try:
-            for batch in batches_by_length(lengths, self.tokens_per_batch):
-                found = self._statistics_of_batch(prepared.select(batch), end_ids)
-                for name in STATISTICS:
-                    columns[name][positions[batch]] = getattr(found, name)
-                hashes[positions[batch]] = found.answer_hash
+            found = [(positions[batch], self._statistics_of_batch(prepared.select(batch), end_ids)) for batch in own]
         finally:
-            self.trainer.model.train(was_training)
+            trainer.model.train(was_training)
+        columns = {name: np.full(num_rows, np.nan) for name in STATISTICS}
+        hashes = np.zeros(num_rows, dtype=np.int64)
+        for batch, of_batch in gather_object(found):
+            for name in STATISTICS:
+                columns[name][batch] = getattr(of_batch, name)
+            hashes[batch] = of_batch.answer_hash
         return AnswerStatistics(**columns, answer_hash=hashes)
 
     def _prepare(self, rows: Dataset) -> Dataset:
@@ -88,7 +108,7 @@ class RowScreener:
 
     def _statistics_of_batch(self, rows: Dataset, end_ids: set[int]) -> AnswerStatistics:
         trainer = self.trainer
-        examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+        examples = [{"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])} for row in rows]
         inputs = trainer._prepare_inputs(padded(trainer.data_collator)(examples))
         with trainer.accelerator.autocast():
             outputs = score_labels(trainer.model, inputs, trainer.args)

@@ -1,5 +1,6 @@
 """A dataset screened before anybody trains: every row scored, the share of bad rows, and a cut with a promise."""
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -19,20 +20,21 @@ from trl.trainer.utils import create_model_from_path
 from ..curation import count_kept, rank_rows
 from ..parquet_files import write_parquet
 from ..row_format_checks import columns_read, refuse_gaps
+from ..run_records import describe_screen, save_facts
 from ..scoring import score_dataset
 from ..whole_files import write_whole
 from .answer_statistics import STATISTICS, AnswerStatistics
-from .calibration import PROMISE, Calibrated, NoiseRate, calibrate, trusted_rows_needed
-from .evidence import FEWEST_TRUSTED, gather_evidence
-from .reasons import give_reasons
+from .calibration import NoiseRate
+from .evidence import FEWEST_TRUSTED
 from .row_screener import RowScreener
+from .screened_folder import SCREENED_FILE_NAME
+from .verdict import Verdict, conclude, summarize
 
 
 logger = get_logger(__name__)
 
 SCREEN_COLUMNS = ("score", "p_value", "good_probability", "rank", "kept", "reason", *STATISTICS)
 """Columns that a screen adds to the user's."""
-SCREENED_FILE_NAME = "scored/train.parquet"  # in a folder that `load_dataset` reads
 SUMMARY_FILE_NAME = "screening.json"
 _STATISTICS_FOLDER_NAME = "_statistics"
 
@@ -42,11 +44,28 @@ class Screening(NamedTuple):
 
     scored: Dataset
     """All rows with their columns unchanged, and those of [`SCREEN_COLUMNS`]."""
-    noise_rate: NoiseRate
-    """Share of bad rows, with a 90 % interval."""
-    num_trusted: int
-    is_informative: bool
-    """Whether anything tells the rows from the trusted ones."""
+    facts: dict[str, Any]
+    """See [`~trl_bilevel.screening.verdict.Verdict`]; JSON values."""
+
+    @property
+    def noise_rate(self) -> NoiseRate:
+        """Share of bad rows, with a 90 % interval."""
+        return NoiseRate(**self.facts["noise_rate"])
+
+    @property
+    def num_trusted(self) -> int:
+        """Trusted rows that the others were compared with."""
+        return self.facts["num_trusted"]
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether anything tells the rows from the trusted ones."""
+        return self.facts["is_informative"]
+
+    @property
+    def control_auroc(self) -> float:
+        """Share of pairs in which the model tells a trusted answer from one of another prompt; chance is 0.5."""
+        return self.facts["control_auroc"]
 
     def curate(self, keep_ratio: float | str | None = "auto") -> Dataset:
         """
@@ -60,45 +79,18 @@ class Screening(NamedTuple):
         Raises:
             `ValueError`: for another word, or a share out of range.
         """
-        if isinstance(keep_ratio, str):
-            if keep_ratio != "auto":
-                raise ValueError(f"`keep_ratio` must be a number in (0, 1], 'auto' or `None`, got {keep_ratio!r}.")
+        if keep_ratio == "auto":
             return self.scored.select(np.flatnonzero(self.scored["kept"]))
         num_kept = count_kept(len(self.scored), keep_ratio)
         return self.scored.select(np.flatnonzero(np.array(self.scored["rank"]) <= num_kept))
 
     def summary(self) -> str:
         """What was found, in a few sentences, with what is promised and under which assumption."""
-        kept = np.array(self.scored["kept"])
-        num_rows, num_dropped = len(kept), int((~kept).sum())
-        rate = self.noise_rate
-        lines = [
-            f"{num_rows:,} rows screened against {self.num_trusted:,} trusted ones.",
-            f"Noise rate: {rate.estimate:.0%} of the rows look unlike the trusted ones "
-            f"(90 % interval {rate.low:.0%} to {rate.high:.0%}).",
-        ]
-        if not self.is_informative:
-            lines.append(
-                "Nothing in this ranking can be told from noise: the rows look like the trusted ones. Either they are "
-                "as good, or their faults are of a kind that this model does not see. Do not cut by it; a larger "
-                "model, or trusted rows of the same kind as the dataset, may see more."
-            )
-        elif num_dropped == 0:
-            needed = trusted_rows_needed(max(rate.estimate, 1 / num_rows))
-            lines.append(
-                f"No row can be dropped with the promise that at most {PROMISE:.0%} of those dropped are good"
-                + (f": that takes about {needed:,} trusted rows." if needed > self.num_trusted else ".")
-            )
-        else:
-            lines.append(
-                f'`keep_ratio="auto"` drops {num_dropped:,} rows and keeps {num_rows - num_dropped:,}: of those '
-                f"dropped at most {PROMISE:.0%} are good on average, if good rows are like the trusted ones."
-            )
-        return "\n".join(lines)
+        return "\n".join(summarize(self.facts))
 
 
 def screen_dataset(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | list[str | PreTrainedModel],
     train_dataset: Dataset | IterableDataset,
     validation_dataset: Dataset,
     args: SFTConfig | None = None,
@@ -118,12 +110,15 @@ def screen_dataset(
 
     Args:
         model (`str` or `PreTrainedModel`): name or folder of the model, or the model itself, with its adapter or
-            quantized as it is. One that was trained on the trusted rows takes every other row for bad.
+            quantized as it is. One that was trained on the trusted rows takes every other row for bad. Of a list of
+            models, one after the other reads the rows, and their evidence is added up; the statistics in the result
+            are those of the first.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): N rows in any format that
             [`~trl.SFTTrainer`] takes.
         validation_dataset (`datasets.Dataset`): rows you trust, in the same format; at least 10, better 100.
         args ([`~trl.SFTConfig`], *optional*): how rows are prepared, `max_length` above all, and the device.
-        processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the model's own by default.
+        processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the model's own by default; of a list of
+            models a list.
         formatting_func (`Callable`, *optional*): makes text of a row, as for [`~trl.SFTTrainer`].
         output_dir (`str` or `os.PathLike`, *optional*): folder that the scored rows are written to as
             `scored/train.parquet`, with a summary. An interrupted screen goes on there. Needed for a stream.
@@ -153,16 +148,34 @@ def screen_dataset(
     ```
     """
     _check(train_dataset, validation_dataset, args, formatting_func, output_dir)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _preparing_trainer(model, validation_dataset, args, processing_class, formatting_func, scratch)
-        screener = RowScreener(trainer, tokens_per_batch)
-        trusted = screener.statistics(validation_dataset)
-        folder = None if output_dir is None else Path(output_dir) / _STATISTICS_FOLDER_NAME
-        rows = score_dataset(screener, train_dataset, folder, chunk_size)
-    statistics = AnswerStatistics(*(np.array(rows.with_format("numpy")[name]) for name in AnswerStatistics._fields))
-    screening = _conclude(rows, statistics, trusted)
+    models = model if isinstance(model, list) else [model]
+    tokenizers = processing_class if isinstance(processing_class, list) else [processing_class] * len(models)
+    of_rows, of_trusted, of_swapped = [], [], []
+    scored: Dataset | None = None
+    for number, (one, tokenizer) in enumerate(zip(models, tokenizers, strict=True)):
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = _preparing_trainer(one, validation_dataset, args, tokenizer, formatting_func, scratch)
+            if output_dir is None and trainer.accelerator.num_processes > 1:
+                raise ValueError("In a run of several processes the main one writes the rows: give `output_dir`.")
+            screener = RowScreener(trainer, tokens_per_batch)
+            of_trusted.append(screener.statistics(validation_dataset))
+            of_swapped.append(screener.swapped_statistics(validation_dataset))
+            name = f"{_STATISTICS_FOLDER_NAME}{number or ''}"
+            folder = None if output_dir is None else Path(output_dir) / name
+            rows = score_dataset(screener, train_dataset, folder, chunk_size)
+        columns = rows.with_format("numpy")
+        of_rows.append(AnswerStatistics(*(np.array(columns[name]) for name in AnswerStatistics._fields)))
+        scored = rows if scored is None else scored
+    assert scored is not None
+    verdict = conclude(of_rows, of_trusted, of_swapped)
+    if num_without := int(np.isnan(verdict.score).sum()):
+        logger.warning(f"{num_without} of {len(scored)} rows have no answer left after truncation, and rank last.")
+    screening = Screening(_with_columns(scored, verdict), verdict.facts)
     if output_dir is not None:
-        _write(screening, Path(output_dir))
+        if trainer.accelerator.is_main_process:
+            facts = describe_screen(trainer, train_dataset, validation_dataset, verdict.facts)
+            _write(screening, Path(output_dir), facts)
+        trainer.accelerator.wait_for_everyone()
     return screening
 
 
@@ -216,41 +229,25 @@ def _preparing_trainer(
 ) -> SFTTrainer:
     """TRL's trainer, which prepares rows and moves the model to its device; it is never trained."""
     if isinstance(model, str):
-        model = create_model_from_path(model, dtype="auto", device_map=None)
+        chosen = {} if args is None else args.model_init_kwargs or {}
+        model = create_model_from_path(model, **{"dtype": "auto", "device_map": None, **chosen})
     if args is None:
         args = SFTConfig(scratch, bf16=False, report_to="none", activation_checkpointing=False)
+    if args.model_init_kwargs is not None:  # which have served
+        args = dataclasses.replace(args, model_init_kwargs=None)
     return SFTTrainer(
         model, args, train_dataset=rows, processing_class=processing_class, formatting_func=formatting_func
     )
 
 
-def _conclude(rows: Dataset, statistics: AnswerStatistics, trusted: AnswerStatistics) -> Screening:
-    """From statistics to scores, calibrated."""
-    has_answer, trusted_answers = ~np.isnan(statistics.loss), ~np.isnan(trusted.loss)
-    trusted = trusted.select(np.flatnonzero(trusted_answers))
-    known = np.flatnonzero(has_answer)
-    if len(known) == 0:
-        raise ValueError("No row has an answer left after truncation. Raise `max_length`.")
-    evidence, of_trusted = gather_evidence(statistics.select(known), trusted)
-    score = np.full(len(rows), np.nan)
-    score[known] = evidence.score
-    calibrated = calibrate(score, of_trusted.score)
-    reasons = np.full(len(rows), "no answer left after truncation", dtype=object)
-    reasons[known] = give_reasons(evidence, statistics.select(known), trusted)
-    if num_without := len(rows) - len(known):
-        logger.warning(f"{num_without} of {len(rows)} rows have no answer left after truncation, and rank last.")
-    scored = _with_columns(rows, score, calibrated, reasons)
-    return Screening(scored, calibrated.noise_rate, len(trusted.loss), calibrated.is_informative)
-
-
-def _with_columns(rows: Dataset, score: np.ndarray, calibrated: Calibrated, reasons: np.ndarray) -> Dataset:
+def _with_columns(rows: Dataset, verdict: Verdict) -> Dataset:
     columns = {
-        "score": score,
-        "p_value": calibrated.p_values,
-        "good_probability": calibrated.good_probability,
-        "rank": rank_rows(np.nan_to_num(-score), ~np.isnan(score)),
-        "kept": ~calibrated.dropped & ~np.isnan(score),
-        "reason": reasons.tolist(),
+        "score": verdict.score,
+        "p_value": verdict.p_values,
+        "good_probability": verdict.good_probability,
+        "rank": rank_rows(np.nan_to_num(-verdict.score), ~np.isnan(verdict.score)),
+        "kept": ~verdict.dropped & ~np.isnan(verdict.score),
+        "reason": verdict.reasons,
     }
     if "sample_id" not in rows.column_names:
         columns = {"sample_id": np.arange(len(rows)), **columns}
@@ -260,16 +257,9 @@ def _with_columns(rows: Dataset, score: np.ndarray, calibrated: Calibrated, reas
     return concatenate_datasets([part.with_format(None) for part in parts], axis=1, split=rows.split)
 
 
-def _write(screening: Screening, folder: Path) -> None:
+def _write(screening: Screening, folder: Path, facts: dict[str, Any]) -> None:
     """The scored rows, then the summary, each whole or not at all."""
     write_parquet(screening.scored, folder / SCREENED_FILE_NAME)
-    facts = {
-        "noise_rate": screening.noise_rate._asdict(),
-        "num_rows": len(screening.scored),
-        "num_dropped": int((~np.array(screening.scored["kept"])).sum()),
-        "num_trusted": screening.num_trusted,
-        "is_informative": screening.is_informative,
-        "promise": PROMISE,
-        "summary": screening.summary(),
-    }
-    write_whole(folder / SUMMARY_FILE_NAME, lambda partial: partial.write_text(json.dumps(facts, indent=2) + "\n"))
+    summary = {**screening.facts, "summary": screening.summary()}
+    write_whole(folder / SUMMARY_FILE_NAME, lambda partial: partial.write_text(json.dumps(summary, indent=2) + "\n"))
+    save_facts(folder, facts)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from trl import TrlParser
 
 from trl_bilevel.command_line import make_command_parser
+from trl_bilevel.curation import parse_keep_ratio
 
 
 @dataclass
@@ -22,7 +23,8 @@ class PushArguments:
     Args:
         run_dir (`str`): output folder, or a checkpoint, of a run; also the first argument without a name.
         repo_id (`str`): dataset repository; also the second.
-        keep_ratio (`float`, *optional*): share of the rows to keep, in (0, 1]; all of them, scored, by default.
+        keep_ratio (`str`): which rows are kept: `auto`, all but those that a screen says can be dropped; or a share in
+            (0, 1].
         private (`bool`, *optional*): whether a new repository is private.
         revision (`str`, *optional*): branch to push to.
         commit_message (`str`, *optional*): of the commit.
@@ -33,7 +35,10 @@ class PushArguments:
 
     run_dir: str = field(default="", metadata={"help": "Output folder, or a checkpoint, of a run."})
     repo_id: str = field(default="", metadata={"help": "Dataset repository to push to."})
-    keep_ratio: float | None = field(default=None, metadata={"help": "Share of the rows to keep, in (0, 1]."})
+    keep_ratio: str = field(
+        default="auto",
+        metadata={"help": "Rows to keep: 'auto', all but those that a screen says can be dropped; or a share."},
+    )
     private: bool | None = field(
         default=None, metadata={"help": "Whether a new repository is private.", "nargs": "?", "const": True}
     )
@@ -47,6 +52,7 @@ class PushArguments:
         for name in ("run_dir", "repo_id"):
             if not getattr(self, name):
                 raise ValueError(f"`--{name}` is missing.")
+        parse_keep_ratio(self.keep_ratio)
 
 
 def main(args: PushArguments) -> None:
@@ -59,7 +65,7 @@ def main(args: PushArguments) -> None:
         curate_run(directory),
         read_facts(directory),
         args.repo_id,
-        keep_ratio=args.keep_ratio,
+        keep_ratio=parse_keep_ratio(args.keep_ratio),
         private=args.private,
         revision=args.revision,
         commit_message=args.commit_message,

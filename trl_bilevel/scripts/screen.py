@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from trl import TrlParser
 
 from trl_bilevel.command_line import make_command_parser
+from trl_bilevel.curation import parse_keep_ratio
 
 
 if TYPE_CHECKING:  # imported where it is used: `--help` must not load everything
@@ -36,7 +37,8 @@ class ScreenArguments:
     Arguments of the script.
 
     Args:
-        model_name_or_path (`str`): the model that reads the rows: a name on the Hub or a folder, of an adapter too.
+        model_name_or_path (`list[str]`): the model that reads the rows: a name on the Hub or a folder, of an adapter
+            too. Of several the evidence is added up.
         dataset_name (`str`): the rows to screen: a name on the Hub, a local folder or a file.
         validation_dataset_name (`str`): the rows you trust, likewise.
         output_dir (`str`): where the scored rows go.
@@ -55,7 +57,9 @@ class ScreenArguments:
         use_cpu (`bool`): whether to leave a GPU alone.
     """
 
-    model_name_or_path: str = field(default="", metadata={"help": "The model that reads the rows: a name or folder."})
+    model_name_or_path: list[str] = field(
+        default_factory=list, metadata={"help": "The model that reads the rows: a name or folder; or several."}
+    )
     dataset_name: str = field(
         default="", metadata={"help": "The rows to screen: a name on the Hub, a local folder or a file."}
     )
@@ -83,28 +87,14 @@ class ScreenArguments:
         for name in ("model_name_or_path", "dataset_name", "validation_dataset_name", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"`--{name}` is missing.")
-        self.kept_share  # noqa: B018, now and not at the end
-
-    @property
-    def kept_share(self) -> float | str:
-        """`keep_ratio` as [`~trl_bilevel.screening.screen.Screening.curate`] takes it."""
-        from trl_bilevel.curation import check_keep_ratio
-
-        if self.keep_ratio == "auto":
-            return "auto"
-        try:
-            share = float(self.keep_ratio)
-        except ValueError:
-            raise ValueError(f"`--keep_ratio` must be 'auto' or a share in (0, 1], got {self.keep_ratio!r}.") from None
-        check_keep_ratio(share)
-        return share
+        parse_keep_ratio(self.keep_ratio)
 
 
 def main(args: ScreenArguments) -> None:
     import transformers
+    from accelerate import PartialState
     from transformers import AutoTokenizer
     from trl import ModelConfig, SFTConfig, get_quantization_config
-    from trl.trainer.utils import create_model_from_path
 
     from trl_bilevel.dataset_loading import load_split
     from trl_bilevel.parquet_files import write_parquet
@@ -114,13 +104,6 @@ def main(args: ScreenArguments) -> None:
     trusted = load_split(args.validation_dataset_name, args.validation_dataset_config, args.validation_dataset_split)
     transformers.logging.disable_progress_bar()
     origin = {"revision": args.model_revision or "main", "trust_remote_code": args.trust_remote_code}
-    model = create_model_from_path(
-        args.model_name_or_path,
-        dtype=args.dtype,
-        device_map=None,
-        quantization_config=get_quantization_config(ModelConfig(load_in_4bit=args.load_in_4bit)),
-        **origin,
-    )
     folder = Path(args.output_dir)
     options = SFTConfig(
         str(folder),
@@ -130,19 +113,26 @@ def main(args: ScreenArguments) -> None:
         max_length=args.max_length,
         dataset_text_field=args.dataset_text_field,
         use_cpu=args.use_cpu,
+        model_init_kwargs={
+            "dtype": args.dtype,
+            "quantization_config": get_quantization_config(ModelConfig(load_in_4bit=args.load_in_4bit)),
+            **origin,
+        },
     )
     screening = screen_dataset(
-        model,
+        args.model_name_or_path,
         rows,
         trusted,
         options,
-        processing_class=AutoTokenizer.from_pretrained(args.model_name_or_path, **origin),
+        processing_class=[AutoTokenizer.from_pretrained(name, **origin) for name in args.model_name_or_path],
         output_dir=folder,
         tokens_per_batch=args.tokens_per_batch,
     )
+    if not PartialState().is_main_process:
+        return
     print(screening.summary())
     _print_worst(screening)
-    num_kept = write_parquet(screening.curate(args.kept_share), folder / "curated" / "train.parquet")
+    num_kept = write_parquet(screening.curate(parse_keep_ratio(args.keep_ratio)), folder / "curated" / "train.parquet")
     print(f"📋 Scored rows: {folder / SCREENED_FILE_NAME}")
     print(f"🧹 {num_kept:,} rows kept: {folder / 'curated' / 'train.parquet'}")
 

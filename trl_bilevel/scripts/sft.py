@@ -26,7 +26,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.checkpoint_files import read_resume_option
 from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
-from trl_bilevel.curation import check_keep_ratio
+from trl_bilevel.curation import parse_keep_ratio
 from trl_bilevel.dataset_loading import load_split
 from trl_bilevel.parquet_files import write_parquet
 from trl_bilevel.report_rows import plain_text
@@ -45,7 +45,8 @@ class BilevelScriptArguments(ScriptArguments):
         validation_dataset_name (`str`): the trusted dataset: a name on the Hub, a local folder or a file.
         validation_dataset_config (`str`, *optional*): its configuration.
         validation_dataset_split (`str`): its split, `train` by default.
-        keep_ratio (`float`, *optional*): share of training rows in the curated dataset; all rows, scored, by default.
+        keep_ratio (`str`): rows of the curated dataset: `auto`, all but those that a screen says can be dropped; or a
+            share in (0, 1].
         data_selector (`str`, *optional*): weights of another run to start from, joined by sample id: a folder, a
             dataset on the Hub, or a `.pt` file of SEAL.
     """
@@ -57,9 +58,11 @@ class BilevelScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Configuration of the trusted dataset."}
     )
     validation_dataset_split: str = field(default="train", metadata={"help": "Split of the trusted dataset."})
-    keep_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Share of training rows in the curated dataset, in (0, 1]. All rows, scored, if not given."},
+    keep_ratio: str = field(
+        default="auto",
+        metadata={
+            "help": "Rows of the curated dataset: 'auto', all but what a screen says can be dropped; or a share."
+        },
     )
 
     data_selector: str | None = field(
@@ -68,7 +71,7 @@ class BilevelScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
+        parse_keep_ratio(self.keep_ratio)
 
 
 def main(
@@ -129,7 +132,7 @@ def main(
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
             trainer.accelerator.print(f"🤗 Model pushed to the Hub as {trainer.hub_model_id}.")
     finally:  # whether the Hub takes the model or not
-        _save_curated(trainer, script_args.keep_ratio)
+        _save_curated(trainer, parse_keep_ratio(script_args.keep_ratio))
     trainer.end()
 
 
@@ -166,7 +169,7 @@ def _split_of(mixture: Any, split: str) -> Any:
     return mixture[split]
 
 
-def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | None) -> None:
+def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | str) -> None:
     """The curated dataset and the weights, into the output folder."""
     if not trainer.is_world_process_zero():
         return

