@@ -1,6 +1,8 @@
 """A dataset screened by one forward pass: formats, batches, resuming, streams, errors, the command."""
 
+import html
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
-from trl_bilevel import screen_dataset
+from trl_bilevel import DataSelector, screen_dataset
 from trl_bilevel.cli import main
+from trl_bilevel.run_records import curate_run
 from trl_bilevel.screening.answer_statistics import STATISTICS
 from trl_bilevel.screening.row_screener import RowScreener, batches_by_length
 from trl_bilevel.screening.screen import SCREEN_COLUMNS, _preparing_trainer
@@ -273,3 +276,68 @@ def test_the_command_screens_and_curates(build_model, tokenizer, rows, trusted, 
             main([*command.split(), "--output_dir", "out", *wrong])
     with pytest.raises(SystemExit, match="--output_dir` is missing"):
         main(command.split())
+
+
+@pytest.fixture
+def screened(build_model, tokenizer, tmp_path, monkeypatch):
+    """A folder of a screen in which a third of the rows is unlike the trusted ones."""
+    rows = prompt_completion_rows(30).to_list()
+    for number, row in enumerate(rows[-10:]):
+        row["completion"] = " qqqq" * (14 + number)
+    rows = Dataset.from_list([{**row, "kind": f"k{place >= 20}"} for place, row in enumerate(rows)])
+    trusted = prompt_completion_rows(60, offset=1000)
+    build_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows.to_json(tmp_path / "mixture.jsonl")
+    trusted.to_json(tmp_path / "trusted.jsonl")
+    monkeypatch.chdir(tmp_path)
+    command = "screen --model_name_or_path model --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl"
+    assert main([*command.split(), "--output_dir", "screened", "--use_cpu"]) == 0
+    return load_dataset("parquet", data_files="screened/scored/train.parquet", split="train")
+
+
+def test_a_screened_folder_is_curated_reported_and_pushed_as_a_run(screened, hub, capsys):
+    dropped = np.flatnonzero(~np.array(screened["kept"]))
+    assert len(dropped) >= 5
+    assert main(["curate", "screened", "--output_dir", "cut"]) == 0
+    assert "cannot be told from noise by this model" not in capsys.readouterr().err
+    cut = load_dataset("cut", split="train")
+    assert cut["sample_id"] == np.setdiff1d(np.arange(30), dropped).tolist()
+    assert np.array(curate_run("screened")["weight"]).mean() == pytest.approx(1)
+
+    assert main(["report", "screened", "--output", "report.html", "--source_column", "kind"]) == 0
+    page = Path("report.html").read_text()
+    assert f"drops {len(dropped)} rows" in page
+    assert "Learning curves" not in page
+    worst = int(np.argmax(screened["rank"]))
+    assert html.escape(screened[worst]["reason"]) in page
+
+    assert main(["push", "screened", "me/screened", "--license", "mit"]) == 0
+    pushed = load_dataset("me/screened", "curated", split="train")
+    assert pushed["sample_id"] == cut["sample_id"]
+    assert pushed["good_probability"] == pytest.approx(cut["good_probability"])
+    card = hub.files("dataset", "me/screened")["README.md"].decode()
+    assert "read every row once, before it was trained on any" in card
+    assert "trl-bilevel screen \\" in card
+    assert "learns a weight" not in card
+    selector = DataSelector.from_pretrained("me/screened")
+    assert selector.activation == "sigmoid"
+    assert selector.num_rows == 30
+
+
+def test_two_models_one_of_them_in_four_bits_with_an_adapter(screened, build_model, tokenizer, capsys):
+    torch.manual_seed(1)
+    adapted = get_peft_model(build_model(), LoraConfig(init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "model"
+    adapted.save_pretrained("adapter")
+    tokenizer.save_pretrained("adapter")
+    rest = "--dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --use_cpu --load_in_4bit"
+    command = ["screen", "--model_name_or_path", "model", "adapter", *rest.split(), "--output_dir", "both"]
+    assert main(command) == 0
+    both = load_dataset("parquet", data_files="both/scored/train.parquet", split="train")
+    assert both.num_rows == 30
+    assert np.array(both["score"]) != pytest.approx(np.array(screened["score"]), abs=0.1)
+    assert np.array(both["rank"])[20:].min() > 15
+    # The first one's, quantized
+    assert np.array(both["loss"]) == pytest.approx(np.array(screened["loss"]), abs=0.3)
+    assert "60 trusted ones" in capsys.readouterr().out

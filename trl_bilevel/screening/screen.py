@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
@@ -230,14 +233,31 @@ def _preparing_trainer(
     """TRL's trainer, which prepares rows and moves the model to its device; it is never trained."""
     if isinstance(model, str):
         chosen = {} if args is None else args.model_init_kwargs or {}
-        model = create_model_from_path(model, **{"dtype": "auto", "device_map": None, **chosen})
+        model = _load(model, {"dtype": "auto", "device_map": None, **chosen})
     if args is None:
         args = SFTConfig(scratch, bf16=False, report_to="none", activation_checkpointing=False)
     if args.model_init_kwargs is not None:  # which have served
         args = dataclasses.replace(args, model_init_kwargs=None)
-    return SFTTrainer(
-        model, args, train_dataset=rows, processing_class=processing_class, formatting_func=formatting_func
+    is_quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    needs_adapter = is_quantized and not is_peft_model(model)  # Trainer takes no other quantized models
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=rows,
+        processing_class=processing_class,
+        formatting_func=formatting_func,
+        peft_config=LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM") if needs_adapter else None,
     )
+    if needs_adapter:
+        trainer.model = trainer.model.unload()
+    return trainer
+
+
+def _load(name: str, options: dict[str, Any]) -> PreTrainedModel | PeftModel:
+    """A model, or an adapter on its base."""
+    if find_adapter_config_file(name, revision=options.get("revision")) is not None:
+        return AutoPeftModelForCausalLM.from_pretrained(name, **options)
+    return create_model_from_path(name, **options)
 
 
 def _with_columns(rows: Dataset, verdict: Verdict) -> Dataset:
