@@ -169,7 +169,7 @@ def test_what_a_screen_cannot_start_is_refused(make_trainer, rows, trusted, opti
 
 @pytest.mark.skipif(not is_installed(), reason=f"the model's wheel is missing: {INSTALL_COMMAND}")
 @pytest.mark.xdist_group("pretrained_model")
-def test_a_real_model_passes_the_control(tmp_path, make_config):
+def test_a_real_model_passes_the_control(make_config, capsys):
     """So that the default starts from the screen, and finds answers of other prompts."""
     questions = [
         (f"What is {a} plus {b}? Name the number and say where {place} is.", f"It is {a + b}. {place} is in {land}.")
@@ -197,7 +197,7 @@ def test_a_real_model_passes_the_control(tmp_path, make_config):
     mixture[0]["completion"], mixture[1]["completion"] = rows[3]["completion"], rows[7]["completion"]
     trainer = BilevelSFTTrainer(
         model=str(pretrained_model()),
-        args=make_config(bf16=True, max_steps=1, per_device_train_batch_size=2),
+        args=make_config(bf16=True, max_steps=1, per_device_train_batch_size=2, disable_tqdm=False),
         train_dataset=Dataset.from_list(mixture),
         validation_dataset=Dataset.from_list(rows[6:]),
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
@@ -205,6 +205,7 @@ def test_a_real_model_passes_the_control(tmp_path, make_config):
     assert trainer.value_function is not None  # in case that the model sees nothing
     trainer.train()
     assert trainer.screening.facts["control_auroc"] > SEES
+    assert "30 trusted ones" in capsys.readouterr().out
     assert trainer.value_function is None
     assert set(np.argsort(trainer.screening.score)[-2:].tolist()) == {0, 1}
     assert trainer.state.log_history[-1]["train_loss"] > 0

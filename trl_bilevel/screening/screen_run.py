@@ -38,7 +38,10 @@ def screen_run(trainer: Any, rows: Dataset, trusted: Dataset, fingerprint: str, 
     verdict = conclude([_in_pieces(screener, rows)], [of_trusted], [swapped])
     if trainer.is_world_process_zero():
         save_verdict(trainer.args.output_dir, verdict, fingerprint)
-    logger.info("\n".join(summarize(verdict.facts)))
+    said = "\n".join(summarize(verdict.facts))
+    logger.info(said)
+    if not trainer.args.disable_tqdm:  # what a user looks at, as the log of the steps
+        trainer.accelerator.print(said)
     return verdict
 
 
