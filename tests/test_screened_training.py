@@ -32,7 +32,7 @@ def trusted():
 @pytest.fixture
 def screened(make_trainer, rows, trusted):
     def make(**options):
-        return make_trainer(train_dataset=rows, validation_dataset=trusted, **{"screen": True, **options})
+        return make_trainer(**{"train_dataset": rows, "validation_dataset": trusted, "screen": True, **options})
 
     return make
 
@@ -152,6 +152,26 @@ def test_a_model_that_fails_the_control_learns_weights_as_without_a_screen(scree
     for name, value in without.model.state_dict().items():
         assert value.equal(default.model.state_dict()[name]), name
     assert default.data_selector.logits.equal(without.data_selector.logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_screened"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 3}, True),
+        ({"max_steps": -1, "num_train_epochs": 4}, False),
+        ({"max_steps": 26}, True),  # 104 of 30 rows: 3.5 times
+        ({"max_steps": 27}, False),
+        ({"max_steps": 13, "gradient_accumulation_steps": 2}, True),
+        ({"max_steps": 14, "gradient_accumulation_steps": 2}, False),
+        ({"value_function": "adapter"}, False),
+        ({"selector_learning_rate": 1.0}, False),
+        ({"validation_dataset": prompt_completion_rows(29, offset=1000)}, False),
+        ({"selection_method": "bmo"}, False),
+    ],
+)
+def test_what_the_default_leaves_to_a_screen(screened, options, is_screened):
+    trainer = screened(screen=None, peft_config=LoraConfig(), **options)
+    assert trainer._starts_with_screen == is_screened
 
 
 @pytest.mark.parametrize(

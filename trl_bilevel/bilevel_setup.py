@@ -12,6 +12,7 @@ from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .dataset_checks import hash_rows
+from .packing import PackedRows
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refinement import Refiner
 from .response_checks import RewardFunc
@@ -29,6 +30,7 @@ from .self_refining_collator import SelfRefiningCollator
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 
 
+_MOST_VISITS = 3.5  # of a row; from four on learned weights have been seen to rank better (docs/real_models.md)
 _MIN_TRUSTED_ROWS = 30  # with fewer, chance passes the positive control of a screen too often
 
 
@@ -68,6 +70,7 @@ class BilevelSetup(SFTTrainer):
     """What [`BilevelSFTTrainer`] builds once TRL has prepared the model."""
 
     validation_dataset: Dataset
+    packed_training: PackedRows | None
 
     @property
     def is_sharded(self) -> bool:
@@ -147,7 +150,17 @@ class BilevelSetup(SFTTrainer):
         leaves_open = args.value_function is None and args.selector_learning_rate is None
         is_prior_default = args.selector_prior == BilevelSFTConfig.selector_prior
         by_default = leaves_open and is_prior_default and not missing and num_trusted >= _MIN_TRUSTED_ROWS
-        return by_default if args.screen is None else args.screen
+        return by_default and self._num_visits() <= _MOST_VISITS if args.screen is None else args.screen
+
+    def _num_visits(self) -> float:
+        """How often training comes to each row."""
+        args = self.args
+        if args.max_steps <= 0:
+            return args.num_train_epochs
+        num_sequences = len(self.train_dataset if self.packed_training is None else self.packed_training)
+        return (
+            args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / num_sequences
+        )
 
     def _resolve_value_function(self) -> bool:
         args = self.args

@@ -73,9 +73,9 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             The weights then stay as they are, unless `value_function="adapter"` is set as well, and trusted rows
             join in a quarter as many as training rows. Costs a forward pass over the rows. If `None`, on where the
             options leave it open (BDS with mirror descent and no `value_function` or `data_selector` given, at least
-            30 trusted rows, no stream, not DeepSpeed or FSDP) and the model passes the positive control: it must tell
-            trusted answers from each other's. A model of random weights does not; then weights are learned as
-            without a screen.
+            30 trusted rows, no stream, not DeepSpeed or FSDP), the run comes to each row at most three times, and
+            the model passes the positive control: it must tell trusted answers from each other's. A model of random
+            weights does not; then weights are learned as without a screen.
         value_function (`str`, *optional*):
             `"adapter"`: a second set of values for the PEFT adapter's parameters, on the same base, learns the
             training rows only. The selector then follows the excess loss, how much worse a row is under the model
