@@ -89,13 +89,6 @@ def test_every_selection_method_is_a_choice():
     assert set(get_args(SelectionMethod)) == set(SELECTION_METHODS)
 
 
-LONGER = {
-    "trl_bilevel/bilevel_sft_trainer.py": "the class that users build: its documentation is theirs",
-    "trl_bilevel/data_selector.py": "one class, whose methods share the running sums of its weights",
-}
-"""Modules of more than 400 lines, and why."""
-
-
 def _modules():
     return sorted(path for path in (ROOT / "trl_bilevel").rglob("*.py") if path.name != "__init__.py")
 
@@ -107,7 +100,8 @@ def _scripts():
 @pytest.mark.parametrize("path", _modules() + _scripts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_functions_stay_small(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= (450 if str(path.relative_to(ROOT)) in LONGER else 400)
+    says_why = "more than 400 lines" in (ast.get_docstring(ast.parse(path.read_text())) or "")
+    assert len(lines) <= (450 if says_why else 400)
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef):
             documentation = (ast.get_docstring(node, clean=False) or "").count("\n") + 1

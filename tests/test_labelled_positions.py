@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import is_peft_model
 from conftest import build_tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainingArguments
@@ -37,7 +38,7 @@ def _batch():
 def _sizes_of_head(model, run):
     """How many hidden states the head was given."""
     seen = []
-    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    backbone = (model.get_base_model() if is_peft_model(model) else model).base_model
     handle = backbone.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state.shape[:2]))
     try:
         return run(), seen

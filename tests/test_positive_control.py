@@ -62,15 +62,17 @@ def test_a_verdict_says_what_it_drops_and_promises(verdict, tmp_path):
     assert np.isnan(verdict.score[5])
     assert verdict.reasons[5] == "no answer left after truncation"
     assert not verdict.dropped[5]
+    assert verdict.left_out.sum() == verdict.dropped.sum() + 1 == verdict.facts["num_left_out"]
     assert verdict.dropped[:30].sum() >= 25
     assert verdict.dropped[30:].sum() <= 0.25 * verdict.dropped.sum()
     said = summarize(verdict.facts)
     assert f"drops {verdict.dropped.sum()} rows" in said[-1]
     assert "if good rows are like the trusted ones" in said[-1]
     assert ranking_warning({"screening": verdict.facts}, 0.5) is None
-    save_verdict(tmp_path, verdict, "rows")
+    save_verdict(tmp_path, verdict, "rows", "trusted")
     assert read_verdict(tmp_path, "other rows") is None
-    again = read_verdict(tmp_path, "rows")
+    assert read_verdict(tmp_path, "rows", "other trusted rows") is None
+    again = read_verdict(tmp_path, "rows", "trusted")
     for before, after in zip(verdict, again, strict=True):
         np.testing.assert_array_equal(before, after)
 

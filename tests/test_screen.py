@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig
 
-from trl_bilevel import DataSelector, screen_dataset
+from trl_bilevel import DataSelector, dataset_card, screen_dataset
 from trl_bilevel.cli import main
-from trl_bilevel.run_records import curate_run
+from trl_bilevel.run_records import curate_run, read_facts
 from trl_bilevel.screening.answer_statistics import STATISTICS
 from trl_bilevel.screening.row_screener import RowScreener, batches_by_length
 from trl_bilevel.screening.screen import SCREEN_COLUMNS, _preparing_trainer
+from trl_bilevel.scripts.screen import make_parser
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def test_rows_come_back_unchanged_with_their_scores(screen, rows, trusted):
     assert scored.select_columns(rows.column_names).to_list() == rows.to_list()
     assert sorted(scored["rank"]) == list(range(1, 31))
     assert min(scored["rank"][27:]) > 20  # of 30; a model of random weights sees little else in them
-    assert "same answer as row 28" in scored[27]["reason"]
-    assert "same answer as row 27" in scored[29]["reason"]
+    assert "same answer as row 28" in scored[27]["screen_reason"]
+    assert "same answer as row 27" in scored[29]["screen_reason"]
     order = np.argsort(scored["rank"])
     assert (np.diff(np.array(scored["score"])[order]) >= 0).all()
     assert (np.diff(np.array(scored["good_probability"])[order]) <= 1e-12).all()
@@ -201,7 +203,7 @@ def test_rows_without_an_answer_rank_last(screen, trusted, options):
     assert scored[4]["rank"] == 20
     assert not scored[4]["kept"]
     assert np.isnan(scored[4]["score"])
-    assert scored[4]["reason"] == "no answer left after truncation"
+    assert scored[4]["screen_reason"] == "no answer left after truncation"
     assert np.isfinite([row["score"] for row in scored if row["rank"] < 20]).all()
 
 
@@ -251,14 +253,29 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(change, error, mes
         screen_dataset("no such model", arguments["rows"], arguments["trusted"])
 
 
+COMMAND = [
+    "screen",
+    "--model_name_or_path",
+    "model",
+    "--dataset_name",
+    "mixture.jsonl",
+    "--validation_dataset_name",
+    "trusted.jsonl",
+]
+
+
+def _write_inputs(folder, model, tokenizer, rows, trusted):
+    """What [`COMMAND`] reads."""
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows.to_json(folder / "mixture.jsonl")
+    trusted.to_json(folder / "trusted.jsonl")
+
+
 def test_the_command_screens_and_curates(build_model, tokenizer, rows, trusted, tmp_path, capsys, monkeypatch):
-    build_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows.to_json(tmp_path / "mixture.jsonl")
-    trusted.to_json(tmp_path / "trusted.jsonl")
+    _write_inputs(tmp_path, build_model(), tokenizer, rows, trusted)
     monkeypatch.chdir(tmp_path)
-    command = "screen --model_name_or_path model --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl"
-    assert main([*command.split(), "--output_dir", "out", "--use_cpu", "--keep_ratio", "0.8"]) == 0
+    assert main([*COMMAND, "--output_dir", "out", "--use_cpu", "--keep_ratio", "0.8"]) == 0
     printed = capsys.readouterr().out
     assert "30 rows screened against 40 trusted ones." in printed
     assert "The rows that rank last" in printed
@@ -273,9 +290,9 @@ def test_the_command_screens_and_curates(build_model, tokenizer, rows, trusted, 
         (["--keep_ratio", "70"], "at most 1, got 70"),
     ):
         with pytest.raises(SystemExit, match=message):
-            main([*command.split(), "--output_dir", "out", *wrong])
+            main([*COMMAND, "--output_dir", "out", *wrong])
     with pytest.raises(SystemExit, match="--output_dir` is missing"):
-        main(command.split())
+        main(COMMAND)
 
 
 @pytest.fixture
@@ -286,13 +303,9 @@ def screened(build_model, tokenizer, tmp_path, monkeypatch):
         row["completion"] = " qqqq" * (14 + number)
     rows = Dataset.from_list([{**row, "kind": f"k{place >= 20}"} for place, row in enumerate(rows)])
     trusted = prompt_completion_rows(60, offset=1000)
-    build_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows.to_json(tmp_path / "mixture.jsonl")
-    trusted.to_json(tmp_path / "trusted.jsonl")
+    _write_inputs(tmp_path, build_model(), tokenizer, rows, trusted)
     monkeypatch.chdir(tmp_path)
-    command = "screen --model_name_or_path model --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl"
-    assert main([*command.split(), "--output_dir", "screened", "--use_cpu"]) == 0
+    assert main([*COMMAND, "--output_dir", "screened", "--use_cpu"]) == 0
     return load_dataset("parquet", data_files="screened/scored/train.parquet", split="train")
 
 
@@ -310,7 +323,7 @@ def test_a_screened_folder_is_curated_reported_and_pushed_as_a_run(screened, hub
     assert f"drops {len(dropped)} rows" in page
     assert "Learning curves" not in page
     worst = int(np.argmax(screened["rank"]))
-    assert html.escape(screened[worst]["reason"]) in page
+    assert html.escape(screened[worst]["screen_reason"]) in page
 
     assert main(["push", "screened", "me/screened", "--license", "mit"]) == 0
     pushed = load_dataset("me/screened", "curated", split="train")
@@ -319,6 +332,11 @@ def test_a_screened_folder_is_curated_reported_and_pushed_as_a_run(screened, hub
     card = hub.files("dataset", "me/screened")["README.md"].decode()
     assert "read every row once, before it was trained on any" in card
     assert "trl-bilevel screen \\" in card
+    facts = {**read_facts("screened"), "other_models": ["me/other"], "model_options": {"load_in_4bit": True}}
+    words = shlex.split(dataset_card._command(facts).replace("\\\n", " "))
+    (parsed,) = make_parser().parse_args_and_config(words)
+    assert parsed.model_name_or_path == ["MODEL", "me/other"]
+    assert parsed.load_in_4bit
     assert "learns a weight" not in card
     selector = DataSelector.from_pretrained("me/screened")
     assert selector.activation == "sigmoid"

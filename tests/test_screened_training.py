@@ -112,6 +112,65 @@ def test_a_resumed_run_ends_as_an_unbroken_one(screened, tmp_path, options, monk
     assert resumed.screening.facts == whole.screening.facts
 
 
+def test_another_run_in_the_folder_is_screened_anew(screened, make_trainer, rows, trusted):
+    """It may be of another model, or of other trusted rows; a run that goes on for longer than it began is not."""
+    first = screened(peft_config=LoraConfig(), save_strategy="steps", save_steps=3, num_train_epochs=3)
+    first.train()
+    other = screened(peft_config=LoraConfig(), validation_dataset=trusted.select(range(40)))
+    other.train()
+    assert other.screening.facts["num_trusted"] == 40
+    assert other.screening.score != pytest.approx(first.screening.score)
+
+
+def test_a_run_goes_on_as_it_began(screened, monkeypatch):
+    """Although it comes to each row more often now than the default leaves to a screen."""
+    monkeypatch.setattr("trl_bilevel.screening.verdict.SEES", 0.0)  # the model of random weights is believed
+    options = {"screen": None, "peft_config": LoraConfig(), "save_strategy": "steps", "save_steps": 3}
+    begun = screened(**options)
+    begun.train()
+    assert begun.screening is not None
+    longer = screened(**{**options, "max_steps": 30})
+    assert not longer._starts_with_screen
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 30
+    assert longer.screening.facts == begun.screening.facts
+    assert longer.value_function is None
+
+
+def test_rows_without_an_answer_are_cut_besides_those_that_are_dropped(screened, rows):
+    long = {"prompt": "word " * 200, "completion": " never reached", "source": "good"}
+    trainer = screened(train_dataset=Dataset.from_list([*rows, long, long]), max_length=100)
+    trainer.train()
+    left_out = trainer.screening.dropped.copy()
+    assert left_out.any()
+    assert not left_out[30:].any()
+    left_out[30:] = True
+    assert trainer.curate("auto")["sample_id"] == np.flatnonzero(~left_out).tolist()
+
+
+def test_lambda_follows_the_rows_unless_it_is_given(screened):
+    """Rows like the trusted ones are believed almost whole."""
+    clean = {"train_dataset": prompt_completion_rows(90, offset=2000)}
+    trainer = screened(**clean)
+    trainer.train()
+    believed = np.maximum(2 * trainer.screening.good_probability.clip(1e-4, 1 - 1e-4) - 1, 0).sum()
+    assert 10 < believed < 90  # so that lambda falls from 0.9
+    assert trainer.validation_weight == pytest.approx(60 / (60 + believed), abs=1e-4)
+    rows = clean["train_dataset"].add_column("source", ["a", "b"] * 45)
+    for options, expected in (
+        ({"validation_weight": 0.8}, 0.8),
+        ({"adaptive_validation_weight": False}, 0.9),
+        ({"source_column": "source"}, 0.9),
+    ):
+        other = screened(train_dataset=rows, **options)
+        other.train()
+        assert other.validation_weight == expected
+    both = {"validation_weight": 0.8, "adaptive_validation_weight": True, "value_function": "adapter"}
+    other = screened(train_dataset=rows, peft_config=LoraConfig(), **both)
+    other.train()
+    assert other.validation_weight < 0.8
+
+
 def test_with_a_value_function_training_adds_its_own_evidence(screened):
     trainer = screened(peft_config=LoraConfig(), value_function="adapter")
     trainer.train()
@@ -179,6 +238,8 @@ def test_what_the_default_leaves_to_a_screen(screened, options, is_screened):
     [
         ({"selection_method": "bmo"}, "selection_method='bds'"),
         ({"selector_activation": "softmax"}, "sigmoid weights"),
+        ({"selector_learning_rate": 1.0}, "no `selector_learning_rate`"),
+        ({"selector_prior": 0.4, "value_function": "adapter", "peft_config": LoraConfig()}, "`selector_prior`"),
         ({"validation_dataset": prompt_completion_rows(9, offset=50)}, "at least 10 trusted rows"),
     ],
 )

@@ -144,13 +144,19 @@ class BilevelSetup(SFTTrainer):
             "rows that TRL tokenizes": not self._skip_prepare_dataset,
             f"at least {FEWEST_TRUSTED} trusted rows": num_trusted >= FEWEST_TRUSTED,
         }
+        # What a screen decides in their place
+        needs["the default of `selector_prior`"] = args.selector_prior == BilevelSFTConfig.selector_prior
+        learns = args.value_function == "adapter"
+        needs["no `selector_learning_rate`, or `value_function='adapter'`"] = (
+            args.selector_learning_rate is None or learns
+        )
         missing = [name for name, is_met in needs.items() if not is_met]
+        if args.screen is None:
+            is_open = not missing and args.value_function is None and num_trusted >= _MIN_TRUSTED_ROWS
+            return is_open and self._num_visits() <= _MOST_VISITS
         if args.screen and missing:
             raise ValueError(f"`screen=True` needs {', '.join(missing)}. Leave it out, or change that.")
-        leaves_open = args.value_function is None and args.selector_learning_rate is None
-        is_prior_default = args.selector_prior == BilevelSFTConfig.selector_prior
-        by_default = leaves_open and is_prior_default and not missing and num_trusted >= _MIN_TRUSTED_ROWS
-        return by_default and self._num_visits() <= _MOST_VISITS if args.screen is None else args.screen
+        return args.screen
 
     def _num_visits(self) -> float:
         """How often training comes to each row."""

@@ -34,11 +34,11 @@ from .paired_loading import PairedLoading
 from .refined_responses import ResponseStore
 from .response_checks import RewardFunc, check_reward_funcs
 from .row_format_checks import check_row_formats
-from .run_records import describe_run
+from .run_records import describe_run, read_facts
 from .scoring import RowScorer, score_dataset
 from .screening.screen_run import screen_run
 from .screening.verdict import Verdict
-from .selector_setup import build_selector, is_weight_given, resolve_adaptive_validation_weight
+from .selector_setup import build_selector, resolve_adaptive_validation_weight, selector_of_screen
 from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
@@ -48,7 +48,6 @@ from .weight_history import WeightHistory
 
 logger = get_logger(__name__)
 
-_TOKENS_PER_BATCH = 2048  # of the screen's forward pass
 _PREFETCH_FACTOR = 2  # of PyTorch, where a dataloader has workers
 _MAX_LOGGED_SOURCES = 20  # more would drown the other metrics; `source_weights` has them all
 
@@ -167,8 +166,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
     ) -> None:
         self._source_dataset = train_dataset
         self._is_streamed = isinstance(train_dataset, IterableDataset)
-        self.screening: Verdict | None = None  # of the screen that the weights come from
-        self._weights_are_screened = False
+        self.screening: Verdict | None = None
         self._sample_ids: pa.ChunkedArray | None = None  # of a stream the selector knows them
         if self._is_streamed:
             self._stream_ids = check_stream(train_dataset, args, data_selector)
@@ -237,8 +235,10 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
                 to other rows or options.
         """
         resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint and self.args.screen is None:  # as it began, also if it now trains for longer
+            self._starts_with_screen = read_facts(resume_from_checkpoint).get("screening") is not None
         if self._starts_with_screen:
-            self._start_from_screen()
+            self._start_from_screen(is_resumed=bool(resume_from_checkpoint))
         if self.refiner is not None:
             # Responses are known by the step they were made at, so every training has a folder of its own; going on
             # from a checkpoint replaces it
@@ -252,13 +252,12 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         finally:
             self._weight_history.stop_clock()
 
-    def _start_from_screen(self) -> None:
+    def _start_from_screen(self, is_resumed: bool) -> None:
         """Before the first step: every row gets its weight from one forward pass under the model as it is."""
         args = self.args
         self._starts_with_screen = False  # later trainings go on with the weights there are
-        verdict = screen_run(
-            self, self._source_dataset, self._trusted_dataset, self._rows_fingerprint, _TOKENS_PER_BATCH
-        )
+        fingerprints = self._rows_fingerprint, self._validation_fingerprint()
+        verdict = screen_run(self, self._source_dataset, self._trusted_dataset, fingerprints, is_resumed)
         if not verdict.model_sees and args.screen is None:
             logger.warning(
                 "This model tells a trusted answer from one of another prompt in "
@@ -266,19 +265,13 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
                 "learned while it trains."
             )
             return
-        self.screening, self._weights_are_screened = verdict, True
-        if self.data_selector.activation != "sigmoid":
-            self.data_selector = DataSelector(
-                self.data_selector.num_rows,
-                activation="sigmoid",
-                sources=self.data_selector.sources,
-                sample_ids=self._sample_ids,
-            )
-        self.data_selector.start_with(verdict.good_probability)
+        self.screening = verdict
         if args.value_function is None:
             self.value_function = None
-            self.data_selector.learning_rate = 0.0
-        self._has_adaptive_weight = args.adaptive_validation_weight is not False and not is_weight_given(args)
+        self.data_selector = selector_of_screen(self.data_selector, verdict, learns=self.value_function is not None)
+        self._has_adaptive_weight = resolve_adaptive_validation_weight(
+            args, self.data_selector, len(self.validation_dataset), is_screened=True
+        )
         self._set_validation_batch_size()
         self._run_facts["method"] = "BDS, weights from a screen" + " and a value function" * bool(self.value_function)
         self._run_facts["screening"] = verdict.facts
@@ -350,7 +343,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
             verdict=self.screening,
-            num_dropped=0 if self.screening is None else int(self.screening.dropped.sum()),
+            num_dropped=self._num_left_out(),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),
         )
 

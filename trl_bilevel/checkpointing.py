@@ -147,6 +147,10 @@ class Checkpointing(SFTTrainer):
             write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)
 
+    def _num_left_out(self) -> int:
+        """Rows that `keep_ratio="auto"` leaves out."""
+        return 0 if self.screening is None else int(self.screening.left_out.sum())
+
     def _ranking_warning(self) -> str | None:
         return ranking_warning(self._run_facts, self.data_selector.statistics().effective_sample_ratio)
 
@@ -164,7 +168,7 @@ class Checkpointing(SFTTrainer):
         self._weight_history.record(self.state.global_step, self.data_selector, self._total_train_tokens)
         self._weight_history.save(directory)
         self._run_facts["warning"] = self._ranking_warning()
-        self._run_facts["cut"] = {"num_dropped": 0 if self.screening is None else int(self.screening.dropped.sum())}
+        self._run_facts["cut"] = {"num_dropped": self._num_left_out()}
         save_facts(directory, self._run_facts)
         if not is_checkpoint(directory):  # which has Trainer's own
             save_log(directory, self.state)

@@ -42,8 +42,8 @@ def curate_dataset(
       False for an answer that training never came to after a refresh changed it; such a row ranks by the weight that
       new answers get;
     - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
-    - of a run that began with a screen `p_value`, `good_probability` and `reason`, what it said of the row's original
-      answer; see [`~trl_bilevel.screening.verdict.Verdict`];
+    - of a run that began with a screen `p_value`, `good_probability` and `screen_reason`, what it said of the row's
+      original answer; see [`~trl_bilevel.screening.verdict.Verdict`];
     - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
       were generated for the row, with their step, settings, the question's weight and the mean log-probability per
       token in nats. See [`~trl_bilevel.refined_rows.apply_refined`].

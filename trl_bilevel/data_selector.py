@@ -1,4 +1,9 @@
-"""The data selector: one logit per training row, and the weights it stands for."""
+"""
+The data selector: one logit per training row, and the weights it stands for.
+
+In more than 400 lines: it is one class, whose methods share the running sums of the weights; what needs none of them
+is in `selector_updates.py`, `selector_transfer.py` and `selector_files.py`.
+"""
 
 import math
 import os

@@ -225,9 +225,10 @@ def size_category(num_rows: int) -> str:
 
 def _command(facts: dict[str, Any]) -> str:
     options = {name: value for name, value in facts["options"].items() if value is not None}
+    split = "dataset_split" if facts["method"] == "Screen" else "dataset_train_split"
     named = {
-        "model_name_or_path": facts["base_model"] or "MODEL",
-        **_dataset_options(facts["training"], "dataset", "dataset_train_split", "TRAINING_ROWS"),
+        "model_name_or_path": [name or "MODEL" for name in (facts["base_model"], *facts.get("other_models", ()))],
+        **_dataset_options(facts["training"], "dataset", split, "TRAINING_ROWS"),
         **_dataset_options(facts["validation"], "validation_dataset", "validation_dataset_split", "TRUSTED_ROWS"),
         "output_dir": "out",
         **facts["model_options"],

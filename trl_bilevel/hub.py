@@ -25,6 +25,7 @@ from .dataset_card import CONFIGS, FIGURE_PATH, build_card, split_name
 from .hub_errors import ATTEMPTS, explained, retried
 from .parquet_files import column, write_parquet
 from .refined_rows import RESPONSES_COLUMN
+from .run_records import num_dropped
 from .selector_files import selector_table_name, write_selector_table
 
 
@@ -89,7 +90,7 @@ def publish_curated_dataset(
         `ValueError`: for a ratio out of range or a repository name that cannot be.
         [`~trl_bilevel.hub_errors.PublishError`]: if the Hub cannot be reached or refuses. The old revision is whole.
     """
-    num_kept = count_kept(len(scored), keep_ratio, facts.get("cut", {}).get("num_dropped", 0))
+    num_kept = count_kept(len(scored), keep_ratio, num_dropped(facts))
     check_repo_id(repo_id)
     api = HfApi(token=token)
     with explained(repo_id, retry_command):

@@ -24,6 +24,7 @@ from .paired_batches import (
 )
 from .paired_stream import PairedStream, StreamedPairCollator
 from .preference_pairs import REFERENCE_NLL, add_reference_likelihoods, prepare_pairs
+from .screening.verdict import Verdict
 from .self_refining_collator import SelfRefiningCollator
 from .streamed_selector import StreamedSelector
 
@@ -37,7 +38,7 @@ class PairedLoading(SFTTrainer):
     data_collator: Any
     validation_dataset: Dataset
     _signature_columns: list[str]
-    _weights_are_screened: bool
+    screening: Verdict | None
 
     def _pack(self) -> None:
         """Packed sequences of rows, by the rows' numbers; `None` for rows that have a sequence each."""
@@ -61,7 +62,7 @@ class PairedLoading(SFTTrainer):
         batch_size = args.per_device_validation_batch_size
         if batch_size is None:
             batch_size = args.per_device_train_batch_size
-            if self._weights_are_screened and self.packed_validation is None:
+            if self.screening is not None and self.packed_validation is None:
                 batch_size = max(1, batch_size // _TRAINING_ROWS_PER_TRUSTED)
             if self.packed_validation is not None:
                 # A small dataset packs into few sequences

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .screening.verdict import summarize
+from .screening.verdict import noise_warning
 
 
 _AS_GOOD_AS_EQUAL = 0.99  # normalized effective sample size of weights that differ by a tenth or so
@@ -17,10 +17,8 @@ def ranking_warning(facts: dict[str, Any], effective_sample_ratio: float) -> str
         facts (`dict`): of the run, see [`~trl_bilevel.run_records.describe_run`].
         effective_sample_ratio (`float`): of the weights, (sum w)^2 / (N sum w^2), in (0, 1].
     """
-    screening = facts.get("screening")
-    if screening is not None:
-        said = [sentence for sentence in summarize(screening) if "told from noise" in sentence]
-        return said[0] if said else None
+    if facts.get("screening") is not None:
+        return noise_warning(facts["screening"])
     if effective_sample_ratio <= _AS_GOOD_AS_EQUAL or math.isnan(effective_sample_ratio):
         return None
     return (

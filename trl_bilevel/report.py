@@ -196,11 +196,12 @@ def first_and_last_ranks(first_logits: np.ndarray, last_ranks: np.ndarray) -> tu
 
 def _common_reasons(scored: Dataset, num_kept: int) -> list[tuple[str, int]]:
     """What the dropped rows have in common: the first words of a screen's reasons, and how many rows have them."""
-    if "reason" not in scored.column_names:
+    if "screen_reason" not in scored.column_names:
         return []
     dropped = scored.select(np.flatnonzero(column(scored, "rank") > num_kept))
     kinds = Counter(
-        reason.partition(";")[0].partition(":")[0].strip() or "none alone stands out" for reason in dropped["reason"]
+        reason.partition(";")[0].partition(":")[0].strip() or "none alone stands out"
+        for reason in dropped["screen_reason"]
     )
     return kinds.most_common(_MOST_REASONS)
 

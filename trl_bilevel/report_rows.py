@@ -160,7 +160,7 @@ def report_rows(
                 parts,
                 cell_fields(ORIGINAL_COLUMN, row[ORIGINAL_COLUMN]) if is_refined else [],
                 None if ranks is None else ranks[index],
-                plain_text(row.get("reason", ""))[0],
+                plain_text(row.get("screen_reason", ""))[0],
             )
         )
     return rows

@@ -21,7 +21,6 @@ _COLUMNS = ("sample_id", "logit", "weight", "scored", "judged")
 # How many scores had been written into the run's folder by then, of whatever run: a clock may be set back, and copies
 # have times of their own
 _WRITE_NUMBER = "write_number"
-_NUM_PROVED_GOOD = "num_proved_good"
 _CURE = "Delete it, and an earlier checkpoint is taken, or give another one."
 
 
@@ -41,7 +40,6 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprin
             **table.schema.metadata,
             "rows_fingerprint": fingerprint,
             "step": str(step),
-            _NUM_PROVED_GOOD: str(int(selector.proved_good.sum()) if selector.num_rows else 0),
             _WRITE_NUMBER: str(_last_write_number(Path(directory)) + 1),
         }
     )
@@ -59,19 +57,6 @@ def read_scores(directory: str | os.PathLike) -> tuple[pa.Table, str]:
     with damage_explained(path, _CURE):
         scores = pyarrow.parquet.read_table(path).select(_COLUMNS)
         return scores, scores.schema.metadata[b"rows_fingerprint"].decode()
-
-
-def count_proved_good(run_dir: str | os.PathLike) -> int:
-    """
-    Rows of a run on disk whose weight stands above that of one of which nothing is known.
-
-    Raises:
-        `FileNotFoundError`: if there is no run.
-        `ValueError`: if its scores are damaged.
-    """
-    path = find_scores(run_dir) / SCORES_FILE_NAME
-    with damage_explained(path, _CURE):
-        return int(pyarrow.parquet.read_schema(path).metadata[_NUM_PROVED_GOOD.encode()])
 
 
 def find_scores(run_dir: str | os.PathLike) -> Path:

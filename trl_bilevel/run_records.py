@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, IterableDataset, load_from_disk
+from trl import SFTConfig
 from trl.trainer.utils import get_config_model_id
 
 from .card_options import card_options, model_options
@@ -232,34 +233,52 @@ def describe_run(
     and_adaptive = " and an adaptive validation weight" if has_adaptive_weight else ""
     return {
         "method": args.selection_method.upper() + with_value_function + and_adaptive,
+        "base_model": _public_name(get_config_model_id(model.config)),
         "options": card_options(args),
-        **_describe_model_and_rows(model, training, validation),
+        "model_options": model_options(model),
+        **_describe_rows(training, validation),
     }
 
 
 def describe_screen(
-    trainer: Any, training: Dataset | IterableDataset, validation: Dataset, screening: dict[str, Any]
+    args: SFTConfig,
+    models: list[str | None],
+    is_in_4bit: bool,
+    training: Dataset | IterableDataset,
+    validation: Dataset,
+    screening: dict[str, Any],
 ) -> dict[str, Any]:
-    """The same of a screen: `screening` are the facts of its [`~trl_bilevel.screening.verdict.Verdict`]."""
-    args = trainer.args
+    """
+    The same of a screen.
+
+    Args:
+        args ([`~trl.SFTConfig`]): how rows were prepared.
+        models (`list[str | None]`): names of the models that read the rows.
+        is_in_4bit (`bool`): whether they were quantized to 4 bits.
+        training, validation: as for [`describe_run`].
+        screening (`dict`): facts of its [`~trl_bilevel.screening.verdict.Verdict`].
+    """
     shown = {"max_length": args.max_length, "dataset_text_field": args.dataset_text_field}
     defaults = type(args).__dataclass_fields__
-    facts = _describe_model_and_rows(trainer.model, training, validation)
-    facts["training"]["num_rows"] = screening["num_rows"]
+    first, *others = map(_public_name, models)
     return {
         "method": "Screen",
+        "base_model": first,
+        "other_models": others,
         "options": {name: value for name, value in shown.items() if value != defaults[name].default},
-        **facts,
+        "model_options": {"load_in_4bit": True} if is_in_4bit else {},
+        **_describe_rows(training, validation),
         "screening": screening,
-        "cut": {"num_dropped": screening["num_dropped"]},
+        "cut": {"num_dropped": screening["num_left_out"]},
     }
 
 
-def _describe_model_and_rows(model: Any, training: Dataset | IterableDataset, validation: Dataset) -> dict[str, Any]:
-    model_name = get_config_model_id(model.config)
+def _public_name(model: str | None) -> str | None:
+    return model if model and is_hub_id(model) else None
+
+
+def _describe_rows(training: Dataset | IterableDataset, validation: Dataset) -> dict[str, Any]:
     return {
-        "base_model": model_name if model_name and is_hub_id(model_name) else None,
-        "model_options": model_options(model),
         "packages": {name: version(name).partition("+")[0] for name in _PACKAGES},
         "training": describe_dataset(training),
         "validation": describe_dataset(validation),

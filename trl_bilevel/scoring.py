@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -260,19 +261,26 @@ def _score_chunks(
     is_scored: Callable[[_Chunk], bool],
 ) -> Iterator[tuple[_Chunk, pa.Table]]:
     total = len(dataset) if isinstance(dataset, Dataset) else None
+    with row_progress(scorer.trainer, total, "Scoring") as progress:
+        for chunk in _chunks(dataset, chunk_size):
+            if not is_scored(chunk):
+                rows = _in_memory(chunk.rows)
+                table = rows.data.table
+                for name, values in scorer.score(rows).items():
+                    table = table.append_column(name, pa.array(values))
+                yield chunk, table
+            progress.update(len(chunk.rows))
+
+
+@contextmanager
+def row_progress(trainer: Any, total: int | None, description: str) -> Iterator[tqdm]:
+    """A bar of rows on the main process of each machine, and none for the preparation of every single chunk."""
     had_progress_bars = not are_progress_bars_disabled()
-    disable_progress_bars()  # of the preparation of every single chunk
+    disable_progress_bars()
+    is_hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_local_main_process
     try:
-        is_hidden = not scorer.trainer.accelerator.is_local_main_process
-        with tqdm(total=total, unit="row", desc="Scoring", disable=is_hidden) as progress:
-            for chunk in _chunks(dataset, chunk_size):
-                if not is_scored(chunk):
-                    rows = _in_memory(chunk.rows)
-                    table = rows.data.table
-                    for name, values in scorer.score(rows).items():
-                        table = table.append_column(name, pa.array(values))
-                    yield chunk, table
-                progress.update(len(chunk.rows))
+        with tqdm(total=total, unit="row", desc=description, disable=is_hidden) as progress:
+            yield progress
     finally:
         if had_progress_bars:
             enable_progress_bars()

@@ -5,6 +5,7 @@ import pyarrow as pa
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .dataset_checks import Sources
+from .screening.verdict import Verdict
 from .selector_updates import SelectorActivation
 from .streamed_selector import StreamedSelector
 
@@ -70,8 +71,27 @@ def build_selector(
     )
 
 
+def selector_of_screen(selector: DataSelector, verdict: Verdict, learns: bool) -> DataSelector:
+    """
+    The selector of a run that starts from a screen.
+
+    Args:
+        selector ([`DataSelector`]): that of the run without one, which need not have sigmoid weights.
+        verdict ([`~trl_bilevel.screening.verdict.Verdict`]): of the screen.
+        learns (`bool`): whether the weights move from there.
+    """
+    if selector.activation != "sigmoid":
+        selector = DataSelector(
+            selector.num_rows, activation="sigmoid", sources=selector.sources, sample_ids=selector.sample_ids
+        )
+    selector.start_with(verdict.good_probability)
+    if not learns:
+        selector.learning_rate = 0.0
+    return selector
+
+
 def resolve_adaptive_validation_weight(
-    args: BilevelSFTConfig, selector: DataSelector, num_validation_rows: int
+    args: BilevelSFTConfig, selector: DataSelector, num_validation_rows: int, is_screened: bool = False
 ) -> bool:
     """
     Whether lambda falls as rows prove good: what the option says, or by default where that serves the model.
@@ -80,16 +100,13 @@ def resolve_adaptive_validation_weight(
         args ([`BilevelSFTConfig`]): options.
         selector ([`DataSelector`]): the run's.
         num_validation_rows (`int`): M, rows.
+        is_screened (`bool`): whether the weights are probabilities of a screen.
     """
     if args.adaptive_validation_weight is not None:
         return args.adaptive_validation_weight
+    is_weight_given = args.validation_weight != BilevelSFTConfig.validation_weight or args.validation_weight_decay != 0
     # A training row counts like a validation row only where both have the same kind of loss and a weight of their own
     are_alike = args.validation_loss_type == "nll" and args.source_column is None
-    judges_each_row_on_its_own = not selector.centered  # see `build_selector`
-    has_enough_rows = num_validation_rows >= _MIN_VALIDATION_ROWS
-    return judges_each_row_on_its_own and has_enough_rows and are_alike and not is_weight_given(args)
-
-
-def is_weight_given(args: BilevelSFTConfig) -> bool:
-    """Whether the options choose a lambda, which is then left as it is."""
-    return args.validation_weight != BilevelSFTConfig.validation_weight or args.validation_weight_decay != 0
+    judges_each_row_on_its_own = is_screened or not selector.centered  # see `build_selector`
+    has_enough_rows = is_screened or num_validation_rows >= _MIN_VALIDATION_ROWS
+    return judges_each_row_on_its_own and has_enough_rows and are_alike and not is_weight_given

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,7 +38,7 @@ def answer_losses(model: Any, tokenizer: Any, rows: Dataset, max_length: int) ->
     The head is applied to the answers' positions only.
     """
     model.eval()
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = model.get_base_model() if is_peft_model(model) else model
     encoded = encode(tokenizer, rows, max_length)
     sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     for batch in _by_length([len(ids) for ids, _ in encoded]):

@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..curation import count_kept, rank_rows
 from ..parquet_files import write_parquet
@@ -36,7 +36,7 @@ from .verdict import Verdict, conclude, summarize
 
 logger = get_logger(__name__)
 
-SCREEN_COLUMNS = ("score", "p_value", "good_probability", "rank", "kept", "reason", *STATISTICS)
+SCREEN_COLUMNS = ("score", "p_value", "good_probability", "rank", "kept", "screen_reason", *STATISTICS)
 """Columns that a screen adds to the user's."""
 SUMMARY_FILE_NAME = "screening.json"
 _STATISTICS_FOLDER_NAME = "_statistics"
@@ -153,6 +153,7 @@ def screen_dataset(
     _check(train_dataset, validation_dataset, args, formatting_func, output_dir)
     models = model if isinstance(model, list) else [model]
     tokenizers = processing_class if isinstance(processing_class, list) else [processing_class] * len(models)
+    names: list[str | None] = []
     of_rows, of_trusted, of_swapped = [], [], []
     scored: Dataset | None = None
     for number, (one, tokenizer) in enumerate(zip(models, tokenizers, strict=True)):
@@ -160,6 +161,8 @@ def screen_dataset(
             trainer = _preparing_trainer(one, validation_dataset, args, tokenizer, formatting_func, scratch)
             if output_dir is None and trainer.accelerator.num_processes > 1:
                 raise ValueError("In a run of several processes the main one writes the rows: give `output_dir`.")
+            names.append(one if isinstance(one, str) else get_config_model_id(one.config))
+            is_in_4bit = getattr(trainer.model, "is_loaded_in_4bit", False)  # which only quantized models have
             screener = RowScreener(trainer, tokens_per_batch)
             of_trusted.append(screener.statistics(validation_dataset))
             of_swapped.append(screener.swapped_statistics(validation_dataset))
@@ -176,7 +179,7 @@ def screen_dataset(
     screening = Screening(_with_columns(scored, verdict), verdict.facts)
     if output_dir is not None:
         if trainer.accelerator.is_main_process:
-            facts = describe_screen(trainer, train_dataset, validation_dataset, verdict.facts)
+            facts = describe_screen(trainer.args, names, is_in_4bit, train_dataset, validation_dataset, verdict.facts)
             _write(screening, Path(output_dir), facts)
         trainer.accelerator.wait_for_everyone()
     return screening
@@ -266,8 +269,8 @@ def _with_columns(rows: Dataset, verdict: Verdict) -> Dataset:
         "p_value": verdict.p_values,
         "good_probability": verdict.good_probability,
         "rank": rank_rows(np.nan_to_num(-verdict.score), ~np.isnan(verdict.score)),
-        "kept": ~verdict.dropped & ~np.isnan(verdict.score),
-        "reason": verdict.reasons,
+        "kept": ~verdict.left_out,
+        "screen_reason": verdict.reasons,
     }
     if "sample_id" not in rows.column_names:
         columns = {"sample_id": np.arange(len(rows)), **columns}

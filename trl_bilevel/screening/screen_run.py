@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
+from datasets import Dataset
 
+from ..scoring import row_progress
 from .answer_statistics import AnswerStatistics
 from .row_screener import RowScreener
 from .verdict import Verdict, conclude, read_verdict, save_verdict, summarize
@@ -16,9 +16,12 @@ from .verdict import Verdict, conclude, read_verdict, save_verdict, summarize
 logger = get_logger(__name__)
 
 _ROWS_AT_ONCE = 10_000
+_TOKENS_PER_BATCH = 2048
 
 
-def screen_run(trainer: Any, rows: Dataset, trusted: Dataset, fingerprint: str, tokens_per_batch: int) -> Verdict:
+def screen_run(
+    trainer: Any, rows: Dataset, trusted: Dataset, fingerprints: tuple[str, str], is_resumed: bool
+) -> Verdict:
     """
     Screen the rows of a run, or read what it found before, when the run goes on.
 
@@ -26,18 +29,20 @@ def screen_run(trainer: Any, rows: Dataset, trusted: Dataset, fingerprint: str, 
         trainer ([`~trl.SFTTrainer`]): before its model is prepared for several processes; all of them call this.
         rows (`datasets.Dataset`): N training rows as the user passed them.
         trusted (`datasets.Dataset`): trusted rows, likewise.
-        fingerprint (`str`): of the rows.
-        tokens_per_batch (`int`): of a forward pass, padding included.
+        fingerprints (`tuple[str, str]`): of both.
+        is_resumed (`bool`): whether the run goes on. Another one in the same folder may be of another model.
     """
-    found = [read_verdict(trainer.args.output_dir, fingerprint) if trainer.is_world_process_zero() else None]
+    found: list[Verdict | None] = [None]
+    if is_resumed and trainer.is_world_process_zero():
+        found = [read_verdict(trainer.args.output_dir, *fingerprints)]
     verdict = broadcast_object_list(found)[0]
     if verdict is not None:
         return verdict
-    screener = RowScreener(trainer, tokens_per_batch)
+    screener = RowScreener(trainer, _TOKENS_PER_BATCH)
     of_trusted, swapped = screener.statistics(trusted), screener.swapped_statistics(trusted)
     verdict = conclude([_in_pieces(screener, rows)], [of_trusted], [swapped])
     if trainer.is_world_process_zero():
-        save_verdict(trainer.args.output_dir, verdict, fingerprint)
+        save_verdict(trainer.args.output_dir, verdict, *fingerprints)
     said = "\n".join(summarize(verdict.facts))
     logger.info(said)
     if not trainer.args.disable_tqdm:  # what a user looks at, as the log of the steps
@@ -48,16 +53,9 @@ def screen_run(trainer: Any, rows: Dataset, trusted: Dataset, fingerprint: str, 
 def _in_pieces(screener: RowScreener, rows: Dataset) -> AnswerStatistics:
     """Statistics of all rows, of which only some are tokenized at a time."""
     found = []
-    had_progress_bars = not are_progress_bars_disabled()
-    disable_progress_bars()  # of the preparation of every single piece
-    try:
-        is_hidden = screener.trainer.args.disable_tqdm or not screener.trainer.is_local_process_zero()
-        with tqdm(total=len(rows), unit="row", desc="Screening", disable=is_hidden) as progress:
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                piece = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
-                found.append(screener.statistics(piece))
-                progress.update(len(piece))
-    finally:
-        if had_progress_bars:
-            enable_progress_bars()
+    with row_progress(screener.trainer, len(rows), "Screening") as progress:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            piece = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
+            found.append(screener.statistics(piece))
+            progress.update(len(piece))
     return AnswerStatistics(*(np.concatenate(values) for values in zip(*found, strict=True)))

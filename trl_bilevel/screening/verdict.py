@@ -18,10 +18,10 @@ from .reasons import give_reasons
 
 
 VERDICT_FILE_NAME = "_screening.pq"  # Parquet; the Hub's client warns of `.parquet` in a model repository
-VERDICT_COLUMNS = ("p_value", "good_probability", "reason")
+VERDICT_COLUMNS = ("p_value", "good_probability", "screen_reason")
 """What a curated dataset says of every row, where there was a screen."""
 _NO_ANSWER = "no answer left after truncation"
-_FACTS, _FINGERPRINT = b"facts", b"rows_fingerprint"
+_FACTS, _ROWS, _TRUSTED = b"facts", b"rows_fingerprint", b"trusted_fingerprint"
 
 
 class Verdict(NamedTuple):
@@ -34,10 +34,15 @@ class Verdict(NamedTuple):
     good_probability: np.ndarray
     """Shape (N,), in [0, 1]; NaN without an answer."""
     dropped: np.ndarray
-    """What `keep_ratio="auto"` leaves out, bool of shape (N,); rows without an answer are not among them."""
+    """Rows of which at most a tenth is good on average, bool of shape (N,)."""
     reasons: list[str]
     facts: dict[str, Any]
-    """JSON values: `noise_rate`, `num_rows`, `num_dropped`, `num_trusted`, `control_auroc`, `is_informative`."""
+    """JSON values: `noise_rate`, `num_rows`, `num_dropped`, `num_left_out`, `num_trusted`, `control_auroc`..."""
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """What `keep_ratio="auto"` leaves out: the rows dropped, and those without an answer; bool of shape (N,)."""
+        return self.dropped | np.isnan(self.score)
 
     @property
     def model_sees(self) -> bool:
@@ -92,6 +97,7 @@ def _facts(calibrated: Calibrated, num_trusted: int, control: float) -> dict[str
         "noise_rate": calibrated.noise_rate._asdict(),
         "num_rows": len(calibrated.dropped),
         "num_dropped": int(calibrated.dropped.sum()),
+        "num_left_out": int((calibrated.dropped | np.isnan(calibrated.p_values)).sum()),
         "num_trusted": num_trusted,
         "control_auroc": control,
         "is_informative": bool(calibrated.is_informative),
@@ -114,17 +120,8 @@ def summarize(facts: dict[str, Any]) -> list[str]:
         f"Positive control: given a trusted answer and one of another prompt, the model tells them apart in "
         f"{facts['control_auroc']:.0%} of the pairs (chance: 50%).",
     ]
-    if facts["control_auroc"] < SEES:
-        sentences.append(
-            "That is too few: whether an answer fits its prompt cannot be told from noise by this model. Screen with "
-            "a larger model, or one that was trained on such text."
-        )
-    elif not facts["is_informative"]:
-        sentences.append(
-            "Nothing in this ranking can be told from noise: the rows look like the trusted ones. Either they are as "
-            "good, or their faults are of a kind that this model does not see. Do not cut by it; a larger model, or "
-            "trusted rows of the same kind as the dataset, may see more."
-        )
+    if (warning := noise_warning(facts)) is not None:
+        sentences.append(warning)
     if num_dropped:
         sentences.append(
             f'`keep_ratio="auto"` drops {num_dropped:,} rows and keeps {num_rows - num_dropped:,}: of those dropped '
@@ -139,25 +136,41 @@ def summarize(facts: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def save_verdict(directory: str | os.PathLike, verdict: Verdict, fingerprint: str) -> None:
-    """Write a verdict, whole or not at all; `fingerprint` is that of the rows."""
+def noise_warning(facts: dict[str, Any]) -> str | None:
+    """Why the ranking cannot be told from noise, and what to change; `None` if it can."""
+    if facts["control_auroc"] < SEES:
+        return (
+            "That is too few: whether an answer fits its prompt cannot be told from noise by this model. Screen with "
+            "a larger model, or one that was trained on such text."
+        )
+    if not facts["is_informative"]:
+        return (
+            "Nothing in this ranking can be told from noise: the rows look like the trusted ones. Either they are as "
+            "good, or their faults are of a kind that this model does not see. Do not cut by it; a larger model, or "
+            "trusted rows of the same kind as the dataset, may see more."
+        )
+    return None
+
+
+def save_verdict(directory: str | os.PathLike, verdict: Verdict, rows: str, trusted: str) -> None:
+    """Write a verdict, whole or not at all; `rows` and `trusted` are fingerprints of what it is about."""
     table = pa.table(
         {
             "score": verdict.score,
             "p_value": verdict.p_values,
             "good_probability": verdict.good_probability,
             "dropped": verdict.dropped,
-            "reason": verdict.reasons,
+            "screen_reason": verdict.reasons,
         }
-    ).replace_schema_metadata({_FACTS: json.dumps(verdict.facts), _FINGERPRINT: fingerprint})
+    ).replace_schema_metadata({_FACTS: json.dumps(verdict.facts), _ROWS: rows, _TRUSTED: trusted})
     path = Path(directory) / VERDICT_FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: pyarrow.parquet.write_table(table, partial))
 
 
-def read_verdict(directory: str | os.PathLike, fingerprint: str) -> Verdict | None:
+def read_verdict(directory: str | os.PathLike, rows: str, trusted: str | None = None) -> Verdict | None:
     """
-    What [`save_verdict`] wrote; `None` if there is nothing, or it is of other rows.
+    What [`save_verdict`] wrote; `None` if there is nothing, or it is of other rows, or of other trusted ones.
 
     Raises:
         `ValueError`: if the file is damaged.
@@ -168,9 +181,9 @@ def read_verdict(directory: str | os.PathLike, fingerprint: str) -> Verdict | No
     with damage_explained(path, "Delete it, and the rows are screened again."):
         table = pyarrow.parquet.read_table(path)
         metadata = table.schema.metadata
-        if metadata[_FINGERPRINT].decode() != fingerprint:
+        if metadata[_ROWS].decode() != rows or (trusted is not None and metadata[_TRUSTED].decode() != trusted):
             return None
         score, p_values, good, dropped = (table.column(name).to_numpy() for name in table.column_names[:4])
         return Verdict(
-            score, p_values, good, dropped, table.column("reason").to_pylist(), json.loads(metadata[_FACTS])
+            score, p_values, good, dropped, table.column("screen_reason").to_pylist(), json.loads(metadata[_FACTS])
         )

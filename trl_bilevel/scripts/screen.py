@@ -154,7 +154,7 @@ def _print_worst(screening: "Screening") -> None:
         table.add_row(
             plain_text(str(row["sample_id"]))[0][:_LONGEST_CELL],
             "-" if np.isnan(good) else f"{good:.2f}",
-            row["reason"] or "-",
+            row["screen_reason"] or "-",
         )
     Console().print(table)
 
