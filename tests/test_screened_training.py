@@ -112,14 +112,19 @@ def test_a_resumed_run_ends_as_an_unbroken_one(screened, tmp_path, options, monk
     assert resumed.screening.facts == whole.screening.facts
 
 
-def test_another_run_in_the_folder_is_screened_anew(screened, make_trainer, rows, trusted):
-    """It may be of another model, or of other trusted rows; a run that goes on for longer than it began is not."""
-    first = screened(peft_config=LoraConfig(), save_strategy="steps", save_steps=3, num_train_epochs=3)
+def test_another_run_in_the_folder_is_screened_anew(screened, build_model, trusted):
+    """It may be of another model, or of other trusted rows."""
+    first = screened()
     first.train()
-    other = screened(peft_config=LoraConfig(), validation_dataset=trusted.select(range(40)))
+    fewer = screened(validation_dataset=trusted.select(range(40)))
+    fewer.train()
+    assert fewer.screening.facts["num_trusted"] == 40
+    model = build_model()
+    model.lm_head.weight.data *= -1
+    other = screened(model=model)
     other.train()
-    assert other.screening.facts["num_trusted"] == 40
-    assert other.screening.score != pytest.approx(first.screening.score)
+    assert other.screening.facts["num_trusted"] == 60
+    assert other.screening.score != pytest.approx(first.screening.score, abs=0.1)
 
 
 def test_a_run_goes_on_as_it_began(screened, monkeypatch):
