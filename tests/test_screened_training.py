@@ -116,15 +116,15 @@ def test_another_run_in_the_folder_is_screened_anew(screened, build_model, trust
     """It may be of another model, or of other trusted rows."""
     first = screened()
     first.train()
-    fewer = screened(validation_dataset=trusted.select(range(40)))
-    fewer.train()
-    assert fewer.screening.facts["num_trusted"] == 40
     model = build_model()
     model.lm_head.weight.data *= -1
     other = screened(model=model)
     other.train()
     assert other.screening.facts["num_trusted"] == 60
     assert other.screening.score != pytest.approx(first.screening.score, abs=0.1)
+    fewer = screened(validation_dataset=trusted.select(range(40)))
+    fewer.train()
+    assert fewer.screening.facts["num_trusted"] == 40
 
 
 def test_a_run_goes_on_as_it_began(screened, monkeypatch):
