@@ -98,7 +98,7 @@ def _short(rows: Any, tokenizer: Any) -> list[tuple[str, str, str]]:
 def planted_pool(data_dir: Path, tokenizer: Any, kinds: tuple[str, ...]) -> Pool:
     """Instructions, and for each kind of fault some of them with it."""
     generator = np.random.default_rng(0)
-    good = _short(beds._instructions(data_dir / "alpaca_en_1k.json"), tokenizer)
+    good = _short(beds.read_instructions(data_dir / "alpaca_en_1k.json"), tokenizer)
     rows = list(good)
     for kind in kinds:
         chosen = generator.permutation(len(good))[:_PER_KIND]
@@ -117,7 +117,7 @@ def planted_pool(data_dir: Path, tokenizer: Any, kinds: tuple[str, ...]) -> Pool
 
 def judged_pool(data_dir: Path, tokenizer: Any, name: str) -> Pool:
     """Rows whose faults were found, not planted."""
-    rows = _short(beds._judged(data_dir / name), tokenizer)
+    rows = _short(beds.read_judged(data_dir / name), tokenizer)
     order = np.random.default_rng(0).permutation(len(rows))[:700]
     bad = [row for row in order if rows[row][2] != GOOD][:_PER_KIND]
     return _pool([rows[row] for row in [*(row for row in order if rows[row][2] == GOOD), *bad]])
@@ -126,11 +126,11 @@ def judged_pool(data_dir: Path, tokenizer: Any, name: str) -> Pool:
 def mixed_pool(data_dir: Path, tokenizer: Any, name: str) -> Pool:
     """Instructions, among rows of another task or with harmful requests that are complied with."""
     generator = np.random.default_rng(0)
-    rows = _short(beds._instructions(data_dir / "alpaca_en_1k.json"), tokenizer)
+    rows = _short(beds.read_instructions(data_dir / "alpaca_en_1k.json"), tokenizer)
     if name == beds.OFF_TASK:
-        others = _short(beds._gsm8k(data_dir / "gsm8k_train.jsonl"), tokenizer)
+        others = _short(beds.read_gsm8k(data_dir / "gsm8k_train.jsonl"), tokenizer)
     else:
-        requests = _short(beds._instructions(data_dir / "safety_instructions.json"), tokenizer)
+        requests = _short(beds.read_instructions(data_dir / "safety_instructions.json"), tokenizer)
         others = [(question, beds.comply(question, generator), name) for question, _, _ in requests]
     chosen = generator.permutation(len(others))[:_PER_KIND]
     return _pool([*rows, *((others[row][0], others[row][1], name) for row in chosen)])
@@ -152,12 +152,12 @@ def statistics_of(name: str, args: ScreeningArguments) -> tuple[AnswerStatistics
     path = Path(args.output_dir) / f"{name}.npz"
     if not path.is_file():
         from trl_bilevel.screening.row_screener import RowScreener
-        from trl_bilevel.screening.screen import _preparing_trainer
+        from trl_bilevel.screening.screen import preparing_trainer
 
         model = str(pretrained_model())
         pool = POOLS[name](Path(args.data_dir), AutoTokenizer.from_pretrained(model))
         options = SFTConfig(args.output_dir, bf16=False, activation_checkpointing=False, report_to="none")
-        trainer = _preparing_trainer(model, pool.rows.select(range(8)), options, None, None, args.output_dir)
+        trainer = preparing_trainer(model, pool.rows.select(range(8)), options, None, None, args.output_dir)
         found = RowScreener(trainer, 2048).statistics(pool.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, kinds=pool.kinds, **found._asdict())

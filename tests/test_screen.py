@@ -18,7 +18,7 @@ from trl_bilevel.cli import main
 from trl_bilevel.run_records import curate_run, read_facts
 from trl_bilevel.screening.answer_statistics import STATISTICS
 from trl_bilevel.screening.row_screener import RowScreener, batches_by_length
-from trl_bilevel.screening.screen import SCREEN_COLUMNS, _preparing_trainer
+from trl_bilevel.screening.screen import SCREEN_COLUMNS, preparing_trainer
 from trl_bilevel.scripts.screen import make_parser
 
 
@@ -117,7 +117,7 @@ def test_conversations_count_their_answers_only(screen, rows, trusted):
 def test_batches_and_padding_change_nothing(screen, rows, trusted, build_model, tokenizer, options):
     whole = screen(rows, trusted).scored
     alone = screen(rows, trusted, tokens_per_batch=1, chunk_size=7).scored
-    trainer = _preparing_trainer(build_model(), trusted, options, tokenizer, None, "unused")
+    trainer = preparing_trainer(build_model(), trusted, options, tokenizer, None, "unused")
     trainer.data_collator = left_padding_collator(tokenizer.pad_token_id)
     left = RowScreener(trainer, 4096).statistics(rows)
     for name in STATISTICS:

@@ -157,7 +157,7 @@ def _draw(bed: Bed, seed: int, data_dir: Path, tokenizer: Any) -> tuple[_Rows, _
 
     generator = np.random.default_rng(seed)
     if bed.name in (ARITHMETIC, HALLUCINATION):
-        judged = _judged(data_dir / {ARITHMETIC: "arithmetic_cot", HALLUCINATION: "halueval_general"}[bed.name])
+        judged = read_judged(data_dir / {ARITHMETIC: "arithmetic_cot", HALLUCINATION: "halueval_general"}[bed.name])
         num_bad = round(float((judged.kinds != GOOD).mean()) * bed.num_rows)  # as often as they were found
         rows = short(judged)
         good, bad = (
@@ -170,7 +170,7 @@ def _draw(bed: Bed, seed: int, data_dir: Path, tokenizer: Any) -> tuple[_Rows, _
         training = generator.permutation([*good[ends[1] : ends[2]], *bad[:num_bad]])
         return rows.select(training), rows.select(trusted), rows.select(held_out)
 
-    rows = short(_instructions(data_dir / "alpaca_en_1k.json"))
+    rows = short(read_instructions(data_dir / "alpaca_en_1k.json"))
     rows = rows.select(generator.permutation(len(rows.kinds)))
     num_bad = round((bed.bad_share if bed.bad_share is not None else _SHARE_OF_PLANTED) * bed.num_rows)
     num_clean = bed.num_rows if bed.name in (PIPELINE, FIRST_CONTACT) else bed.num_rows - num_bad
@@ -183,9 +183,9 @@ def _draw(bed: Bed, seed: int, data_dir: Path, tokenizer: Any) -> tuple[_Rows, _
         answers, kinds = inject(training.answers, num_bad, seed, **faults)
         return training._replace(answers=answers, kinds=kinds), trusted, held_out
     if bed.name == OFF_TASK:
-        other = short(_gsm8k(data_dir / "gsm8k_train.jsonl"))
+        other = short(read_gsm8k(data_dir / "gsm8k_train.jsonl"))
     else:
-        other = short(_instructions(data_dir / "safety_instructions.json"))
+        other = short(read_instructions(data_dir / "safety_instructions.json"))
     num_safe = bed.num_trusted // 4 if bed.name == HARMFUL else 0
     _check_sizes(bed, len(other.kinds), num_bad + (num_safe + num_held_out if bed.name == HARMFUL else 0))
     other = other.select(generator.permutation(len(other.kinds)))
@@ -209,19 +209,19 @@ def _num_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
-def _judged(path: Path) -> _Rows:
+def read_judged(path: Path) -> _Rows:
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     kinds = np.array([path.stem if row["is_bad"] else GOOD for row in rows])
     return _Rows([row["prompt"] for row in rows], [row["completion"] for row in rows], kinds)
 
 
-def _instructions(path: Path) -> _Rows:
+def read_instructions(path: Path) -> _Rows:
     rows = json.loads(path.read_text())
     questions = [f"{row['instruction']}\n{row['input']}".strip() for row in rows]
     return _unique(_Rows(questions, [row["output"] for row in rows], np.full(len(rows), GOOD)))
 
 
-def _gsm8k(path: Path) -> _Rows:
+def read_gsm8k(path: Path) -> _Rows:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return _Rows([row["question"] for row in rows], [row["answer"] for row in rows], np.full(len(rows), GOOD))
 

@@ -158,7 +158,7 @@ def screen_dataset(
     scored: Dataset | None = None
     for number, (one, tokenizer) in enumerate(zip(models, tokenizers, strict=True)):
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = _preparing_trainer(one, validation_dataset, args, tokenizer, formatting_func, scratch)
+            trainer = preparing_trainer(one, validation_dataset, args, tokenizer, formatting_func, scratch)
             if output_dir is None and trainer.accelerator.num_processes > 1:
                 raise ValueError("In a run of several processes the main one writes the rows: give `output_dir`.")
             names.append(one if isinstance(one, str) else get_config_model_id(one.config))
@@ -225,7 +225,7 @@ def _first_rows(first: dict, trusted: dict) -> list[tuple[str, dict]]:
     return [("train_dataset", first), ("validation_dataset", trusted)]
 
 
-def _preparing_trainer(
+def preparing_trainer(
     model: str | PreTrainedModel,
     rows: Dataset,
     args: SFTConfig | None,
