@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from trl_bilevel.ranking_warning import ranking_warning
 from trl_bilevel.screening.answer_statistics import STATISTICS, AnswerStatistics
-from trl_bilevel.screening.positive_control import control_auroc, swap_answers
+from trl_bilevel.screening.positive_control import run_control, swap_answers
 from trl_bilevel.screening.verdict import conclude, read_verdict, save_verdict, summarize
 
 
@@ -42,7 +42,7 @@ def test_a_model_that_sees_nothing_is_at_chance(shift, low, high):
         generator = np.random.default_rng(seed)
         trusted = _statistics(generator.normal(size=80), generator, 80)
         swapped = _statistics(generator.normal(size=80) + shift, generator, 80)
-        found.append(control_auroc(swapped, trusted))
+        found.append(run_control(swapped, trusted).auroc)
     assert low < np.mean(found) < high
 
 

@@ -3,7 +3,9 @@
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
@@ -26,11 +28,18 @@ from .response_generation import (
     ready_to_generate,
 )
 from .screening.evidence import FEWEST_TRUSTED
+from .screening.screen_run import screen_run
+from .screening.training_evidence import after_training
+from .screening.verdict import Verdict
+from .selector_setup import resolve_adaptive_validation_weight, selector_of_screen
+from .selector_transfer import logit_probabilities
 from .self_refining_collator import SelfRefiningCollator
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 
 
-_MOST_VISITS = 3.5  # of a row; from four on learned weights have been seen to rank better (docs/real_models.md)
+logger = get_logger(__name__)
+
+
 _MIN_TRUSTED_ROWS = 30  # with fewer, chance passes the positive control of a screen too often
 
 
@@ -71,6 +80,13 @@ class BilevelSetup(SFTTrainer):
 
     validation_dataset: Dataset
     packed_training: PackedRows | None
+    data_selector: DataSelector
+    value_function: ValueFunction | None
+    screening: Verdict | None
+    _source_dataset: Dataset | IterableDataset
+    _trusted_dataset: Dataset
+    _rows_fingerprint: str
+    _run_facts: dict[str, Any]
 
     @property
     def is_sharded(self) -> bool:
@@ -152,21 +168,48 @@ class BilevelSetup(SFTTrainer):
         )
         missing = [name for name, is_met in needs.items() if not is_met]
         if args.screen is None:
-            is_open = not missing and args.value_function is None and num_trusted >= _MIN_TRUSTED_ROWS
-            return is_open and self._num_visits() <= _MOST_VISITS
+            return not missing and args.value_function is None and num_trusted >= _MIN_TRUSTED_ROWS
         if args.screen and missing:
             raise ValueError(f"`screen=True` needs {', '.join(missing)}. Leave it out, or change that.")
         return args.screen
 
-    def _num_visits(self) -> float:
-        """How often training comes to each row."""
+    def _start_from_screen(self, is_resumed: bool) -> None:
+        """Before the first step: every row gets its weight from one forward pass under the model as it is."""
         args = self.args
-        if args.max_steps <= 0:
-            return args.num_train_epochs
-        num_sequences = len(self.train_dataset if self.packed_training is None else self.packed_training)
-        return (
-            args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / num_sequences
+        self._starts_with_screen = False  # later trainings go on with the weights there are
+        fingerprints = self._rows_fingerprint, self._validation_fingerprint()
+        verdict = screen_run(self, self._source_dataset, self._trusted_dataset, fingerprints, is_resumed)
+        if not verdict.model_sees and args.screen is None:
+            logger.warning(
+                "This model tells a trusted answer from one of another prompt in "
+                f"{verdict.facts['control_auroc']:.0%} of the pairs (chance: 50%), too few to screen by. Weights are "
+                "learned while it trains."
+            )
+            return
+        self.screening = verdict
+        if args.value_function is None and verdict.suffices:
+            self.value_function = None
+        self.data_selector = selector_of_screen(self.data_selector, verdict, learns=self.value_function is not None)
+        self._has_adaptive_weight = resolve_adaptive_validation_weight(
+            args, self.data_selector, len(self.validation_dataset), is_screened=True
         )
+        self._set_validation_batch_size()
+        self._run_facts["method"] = "BDS, weights from a screen" + " and a value function" * bool(self.value_function)
+        self._run_facts["screening"] = verdict.facts
+
+    def _good_probability(self) -> np.ndarray | None:
+        """Probability of each row to be good as the weights are now, shape (N,); `None` for softmax weights."""
+        if self.data_selector.activation != "sigmoid":
+            return None
+        return logit_probabilities(self.data_selector.logits.numpy(), self.data_selector.scored.numpy())
+
+    def _verdict(self) -> Verdict | None:
+        """That of the screen, with the probabilities of training where it adds evidence; `None` without a screen."""
+        if self.screening is None or self.value_function is None:
+            return self.screening
+        good_probability = self._good_probability()
+        assert good_probability is not None
+        return after_training(self.screening, good_probability)
 
     def _resolve_value_function(self) -> bool:
         args = self.args

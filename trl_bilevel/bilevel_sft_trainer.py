@@ -36,9 +36,9 @@ from .response_checks import RewardFunc, check_reward_funcs
 from .row_format_checks import check_row_formats
 from .run_records import describe_run, read_facts
 from .scoring import RowScorer, score_dataset
-from .screening.screen_run import screen_run
+from .screening.training_evidence import noise_rate_of
 from .screening.verdict import Verdict
-from .selector_setup import build_selector, resolve_adaptive_validation_weight, selector_of_screen
+from .selector_setup import build_selector, resolve_adaptive_validation_weight
 from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
@@ -252,30 +252,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         finally:
             self._weight_history.stop_clock()
 
-    def _start_from_screen(self, is_resumed: bool) -> None:
-        """Before the first step: every row gets its weight from one forward pass under the model as it is."""
-        args = self.args
-        self._starts_with_screen = False  # later trainings go on with the weights there are
-        fingerprints = self._rows_fingerprint, self._validation_fingerprint()
-        verdict = screen_run(self, self._source_dataset, self._trusted_dataset, fingerprints, is_resumed)
-        if not verdict.model_sees and args.screen is None:
-            logger.warning(
-                "This model tells a trusted answer from one of another prompt in "
-                f"{verdict.facts['control_auroc']:.0%} of the pairs (chance: 50%), too few to screen by. Weights are "
-                "learned while it trains."
-            )
-            return
-        self.screening = verdict
-        if args.value_function is None:
-            self.value_function = None
-        self.data_selector = selector_of_screen(self.data_selector, verdict, learns=self.value_function is not None)
-        self._has_adaptive_weight = resolve_adaptive_validation_weight(
-            args, self.data_selector, len(self.validation_dataset), is_screened=True
-        )
-        self._set_validation_batch_size()
-        self._run_facts["method"] = "BDS, weights from a screen" + " and a value function" * bool(self.value_function)
-        self._run_facts["screening"] = verdict.facts
-
     # ---- Logs ----
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
@@ -342,7 +318,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             scored=self.data_selector.scored.numpy(),
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
-            verdict=self.screening,
+            verdict=self._verdict(),
+            good_probability=self._good_probability(),
             num_dropped=self._num_left_out(),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),
         )
@@ -383,6 +360,20 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self, self.value_function, self.amortized_selector, batch_size or self.args.per_device_eval_batch_size
         )
         return score_dataset(scorer, dataset, output_dir, chunk_size)
+
+    @property
+    def estimated_noise_rate(self) -> float | None:
+        """
+        Share of the training rows that are held to be bad, in [0, 1].
+
+        `None` before training, and where weights are no probabilities: BMO, or softmax weights.
+        """
+        if (verdict := self._verdict()) is not None:
+            return noise_rate_of(verdict)
+        good_probability = self._good_probability()
+        if good_probability is None or np.isnan(good_probability).all():
+            return None
+        return float(1 - np.nanmean(good_probability))
 
     def source_weights(self) -> dict[str | int, float]:
         """

@@ -149,7 +149,8 @@ class Checkpointing(SFTTrainer):
 
     def _num_left_out(self) -> int:
         """Rows that `keep_ratio="auto"` leaves out."""
-        return 0 if self.screening is None else int(self.screening.left_out.sum())
+        verdict = self._verdict()
+        return 0 if verdict is None else int(verdict.left_out.sum())
 
     def _ranking_warning(self) -> str | None:
         return ranking_warning(self._run_facts, self.data_selector.statistics().effective_sample_ratio)
@@ -167,6 +168,8 @@ class Checkpointing(SFTTrainer):
             save_training_rows(self.args.output_dir, self._source_dataset, self._rows_fingerprint)
         self._weight_history.record(self.state.global_step, self.data_selector, self._total_train_tokens)
         self._weight_history.save(directory)
+        if (verdict := self._verdict()) is not None:
+            self._run_facts["screening"] = verdict.facts
         self._run_facts["warning"] = self._ranking_warning()
         self._run_facts["cut"] = {"num_dropped": self._num_left_out()}
         save_facts(directory, self._run_facts)

@@ -26,6 +26,7 @@ def curate_dataset(
     responses: pa.Table | None = None,
     judged: np.ndarray | None = None,
     verdict: Verdict | None = None,
+    good_probability: np.ndarray | None = None,
     num_dropped: int = 0,
 ) -> Dataset:
     """
@@ -42,8 +43,10 @@ def curate_dataset(
       False for an answer that training never came to after a refresh changed it; such a row ranks by the weight that
       new answers get;
     - `response_source` (string): `"original"`, or `"refined"` for a row whose answer was regenerated;
-    - of a run that began with a screen `p_value`, `good_probability` and `screen_reason`, what it said of the row's
-      original answer; see [`~trl_bilevel.screening.verdict.Verdict`];
+    - `good_probability` (float): probability that the row is good, in [0, 1], unless weights are softmax weights,
+      which are no probabilities; NaN for a row of which nothing is known;
+    - of a run that began with a screen `p_value` and `screen_reason`, what it said of the row's original answer; see
+      [`~trl_bilevel.screening.verdict.Verdict`];
     - with refinement `original_completion`, the answer that a refined one replaced, and `refined_responses`, all that
       were generated for the row, with their step, settings, the question's weight and the mean log-probability per
       token in nats. See [`~trl_bilevel.refined_rows.apply_refined`].
@@ -61,6 +64,7 @@ def curate_dataset(
         judged (`numpy.ndarray`, *optional*): whether the answer that a row has now was scored, bool, shape (N,); if
             `None`, `scored`.
         verdict ([`~trl_bilevel.screening.verdict.Verdict`], *optional*): of a screen of the rows.
+        good_probability (`numpy.ndarray`, *optional*): shape (N,), where there is no verdict.
         num_dropped (`int`): rows that `"auto"` leaves out.
 
     Returns:
@@ -84,6 +88,8 @@ def curate_dataset(
     if verdict is not None:
         values = (verdict.p_values, verdict.good_probability, verdict.reasons)
         columns |= dict(zip(VERDICT_COLUMNS, values, strict=True))
+    elif good_probability is not None:
+        columns["good_probability"] = good_probability
     if SAMPLE_ID_COLUMN not in dataset.column_names:
         columns = {SAMPLE_ID_COLUMN: sample_ids, **columns}
     # Without a format of the user's, which joining would bake into the columns

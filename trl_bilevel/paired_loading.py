@@ -62,7 +62,7 @@ class PairedLoading(SFTTrainer):
         batch_size = args.per_device_validation_batch_size
         if batch_size is None:
             batch_size = args.per_device_train_batch_size
-            if self.screening is not None and self.packed_validation is None:
+            if self.screening is not None and self.value_function is None and self.packed_validation is None:
                 batch_size = max(1, batch_size // _TRAINING_ROWS_PER_TRUSTED)
             if self.packed_validation is not None:
                 # A small dataset packs into few sequences

@@ -29,8 +29,10 @@ from .refined_responses import CHECKPOINT_FILE_NAME as RESPONSES_FILE_NAME
 from .refined_responses import read_arrived
 from .row_scores import find_scores, read_scores
 from .screening.screened_folder import is_screened, read_screened
+from .screening.training_evidence import after_training
 from .screening.verdict import read_verdict
 from .selector_files import METADATA_KEYS, selector_table
+from .selector_transfer import logit_probabilities
 from .whole_files import damage_explained, write_whole
 
 
@@ -117,6 +119,13 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | str | None = None
             f"{directory} has scores of {len(scores)} rows, and {rows_folder} holds {len(rows)} others: they are of "
             "different runs. Curate in the training script, `trainer.curate(...)`, or train again."
         )
+    logits, scored = scores.column("logit").to_numpy(), scores.column("scored").to_numpy()
+    has_probabilities = scores.schema.metadata[METADATA_KEYS[0]] == b"sigmoid"
+    good_probability = logit_probabilities(logits, scored) if has_probabilities else None
+    verdict = read_verdict(rows_folder.parent, fingerprint) if facts.get("screening") else None
+    if verdict is not None and "noise_rate_after_training" in facts["screening"]:
+        assert good_probability is not None
+        verdict = after_training(verdict, good_probability)
     responses = directory / RESPONSES_FILE_NAME
     with damage_explained(responses, "Give another checkpoint."):
         refined = read_arrived(responses) if responses.is_file() else None
@@ -124,12 +133,13 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | str | None = None
         rows,
         scores.column("sample_id"),
         weights=scores.column("weight").to_numpy(),
-        scores=scores.column("logit").to_numpy(),
-        scored=scores.column("scored").to_numpy(),
+        scores=logits,
+        scored=scored,
         judged=scores.column("judged").to_numpy(),
         keep_ratio=keep_ratio,
         responses=refined,
-        verdict=read_verdict(rows_folder.parent, fingerprint) if facts.get("screening") else None,
+        verdict=verdict,
+        good_probability=good_probability,
         num_dropped=num_dropped(facts),
     )
 

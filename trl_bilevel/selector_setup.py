@@ -5,6 +5,7 @@ import pyarrow as pa
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .dataset_checks import Sources
+from .screening.training_evidence import prior_probabilities
 from .screening.verdict import Verdict
 from .selector_updates import SelectorActivation
 from .streamed_selector import StreamedSelector
@@ -84,7 +85,7 @@ def selector_of_screen(selector: DataSelector, verdict: Verdict, learns: bool) -
         selector = DataSelector(
             selector.num_rows, activation="sigmoid", sources=selector.sources, sample_ids=selector.sample_ids
         )
-    selector.start_with(verdict.good_probability)
+    selector.start_with(prior_probabilities(verdict) if learns else verdict.good_probability)
     if not learns:
         selector.learning_rate = 0.0
     return selector

@@ -48,6 +48,11 @@ def _strings(ids: pa.ChunkedArray) -> pa.Array:
     return ids.cast(pa.large_string()).combine_chunks()
 
 
+def logit_probabilities(logits: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """Probabilities that rows are good, of sigmoid weights; float64 of shape (N,), NaN where nothing is known."""
+    return np.where(scored, torch.from_numpy(logits).double().sigmoid().numpy(), np.nan)
+
+
 def probability_logits(probabilities: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Logits of probabilities, no further from one half than 1e-4 from 0 and 1, and which are known, shape (N,) each.

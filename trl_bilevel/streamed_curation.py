@@ -10,6 +10,7 @@ from datasets.iterable_dataset import ExamplesIterable
 
 from .curation import SAMPLE_ID_COLUMN, count_kept, rank_rows
 from .paired_stream import read_sample_id
+from .selector_transfer import logit_probabilities
 from .streamed_selector import StreamedSelector
 
 
@@ -45,6 +46,9 @@ def curate_stream(
         raise ValueError("Training has seen no row of the stream yet, so there is nothing to curate. Train first.")
     scored = selector.scored.numpy()
     weights = selector.weights().numpy().astype(np.float64)
+    good_probability = np.full(num_rows, np.nan)
+    if selector.activation == "sigmoid":
+        good_probability = logit_probabilities(selector.logits.numpy(), scored)
     rank = rank_rows(selector.logits.numpy(), scored)
 
     def read() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -66,6 +70,7 @@ def curate_stream(
                     "rank": int(rank[number]),
                     "scored": bool(scored[number]),
                     "response_source": "original",
+                    "good_probability": float(good_probability[number]),
                 },
             )
             if num_left == 0:
@@ -96,6 +101,7 @@ def _features(stream: IterableDataset, sample_id_column: str) -> Features | None
         "rank": Value("int64"),
         "scored": Value("bool"),
         "response_source": Value("string"),
+        "good_probability": Value("float64"),
     }
     own = {**stream.features, SAMPLE_ID_COLUMN: stream.features[sample_id_column]}  # in its place, if it is there
     return Features({**own, **added})

@@ -23,7 +23,9 @@ from sklearn.isotonic import IsotonicRegression
 
 PROMISE = 0.1
 """Share of good rows among those dropped that the cut stays under, on average over draws of the trusted rows."""
-_LARGEST_BAD = 0.2  # p-values above it are taken to be those of good rows
+LARGEST_BAD = 0.2
+"""P-values above it are taken to be those of good rows."""
+_LARGEST_NOISE_RATE = 0.95
 _NUM_RESAMPLES = 400
 _INTERVAL = (0.05, 0.95)
 
@@ -118,7 +120,7 @@ def storey_estimate(p_values: np.ndarray) -> float:
     Returns:
         `float`: in [0, 1].
     """
-    return float(min(1.0, (p_values > _LARGEST_BAD).mean() / (1 - _LARGEST_BAD)))
+    return float(min(1.0, (p_values > LARGEST_BAD).mean() / (1 - LARGEST_BAD)))
 
 
 def noise_rate(scores: np.ndarray, calibration: np.ndarray, seed: int = 0) -> NoiseRate:
@@ -133,13 +135,13 @@ def noise_rate(scores: np.ndarray, calibration: np.ndarray, seed: int = 0) -> No
     generator = np.random.default_rng(seed)
     ordered, reference, num_trusted = np.sort(scores), np.sort(calibration), len(calibration)
     # p > lambda for scores up to the k-th largest of the trusted ones
-    num_larger = int(np.floor(_LARGEST_BAD * (num_trusted + 1)))
+    num_larger = int(np.floor(LARGEST_BAD * (num_trusted + 1)))
     if num_larger == 0:  # too few trusted rows for any p-value as small as that
         return NoiseRate(0.0, 0.0, 1.0)
     place = np.sort(generator.integers(num_trusted, size=(_NUM_RESAMPLES, num_trusted)), axis=1)[:, -num_larger]
     shares = np.searchsorted(ordered, reference[place], side="right") / len(scores)  # (_NUM_RESAMPLES,)
     shares = generator.binomial(len(scores), shares) / len(scores)
-    low, high = np.quantile(np.clip(1 - shares / (1 - _LARGEST_BAD), 0, 1), _INTERVAL)
+    low, high = np.quantile(np.clip(1 - shares / (1 - LARGEST_BAD), 0, 1), _INTERVAL)
     estimate = 1 - storey_estimate(conformal_p_values(scores, calibration))
     return NoiseRate(estimate, min(float(low), estimate), max(float(high), estimate))
 
@@ -165,6 +167,65 @@ def good_probabilities(p_values: np.ndarray, num_trusted: int, good_share: float
     density = np.bincount(cells, minlength=num_trusted + 1) * (num_trusted + 1) / len(p_values)  # (n + 1,)
     smooth = IsotonicRegression(increasing=False).fit_transform(np.arange(num_trusted + 1), density)
     return np.minimum(1.0, good_share / np.maximum(smooth, 1e-12))[cells]
+
+
+def noise_rate_given_power(estimate: float, power: float) -> float:
+    r"""
+    The noise rate where bad rows have small p-values only with a known probability.
+
+    Storey's estimate takes every p-value above t = 0.2 for a good row's. A share 1 - power of bad rows is there too:
+
+        P(p <= t) = pi_0 t + pi_1 power,    so    pi_1 = (P(p <= t) - t) / (power - t) = estimate (1 - t) / (power - t)
+
+    Args:
+        estimate (`float`): 1 minus [`storey_estimate`], in [0, 1].
+        power (`float`): share of bad rows with p <= t, in [0, 1].
+
+    Returns:
+        `float`: at least the estimate, and at most 0.95, or the estimate where that is more.
+
+    Example:
+
+    ```python
+    >>> round(noise_rate_given_power(0.3, power=0.68), 3), noise_rate_given_power(0.3, power=1.0)
+    (0.5, 0.3)
+
+    ```
+    """
+    if power <= LARGEST_BAD:
+        return max(estimate, _LARGEST_NOISE_RATE) if estimate > 0 else 0.0
+    return max(estimate, min(_LARGEST_NOISE_RATE, estimate * (1 - LARGEST_BAD) / (power - LARGEST_BAD)))
+
+
+def least_probable(good_probability: np.ndarray, promise: float = PROMISE) -> np.ndarray:
+    """
+    As many rows as can be dropped, the least probable first, until their mean probability of being good is `promise`.
+
+    The direct posterior probability approach (Newton et al., 2004): as good as the probabilities are calibrated.
+
+    Args:
+        good_probability (`np.ndarray`): shape (N,), in [0, 1]; NaN for a row that is not dropped.
+        promise (`float`): in (0, 1).
+
+    Returns:
+        `np.ndarray`: bool, shape (N,). Rows of equal probability are dropped together or not at all.
+
+    Example:
+
+    ```python
+    >>> least_probable(np.array([0.9, 0.02, 0.5, 0.1, 0.1]))
+    array([False,  True, False,  True,  True])
+
+    ```
+    """
+    dropped = np.zeros(len(good_probability), dtype=bool)
+    known = np.flatnonzero(~np.isnan(good_probability))
+    ordered = np.sort(good_probability[known])
+    means = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)  # never falling
+    # The last of rows of equal probability speaks for all of them
+    place = np.searchsorted(ordered, good_probability[known], side="right") - 1
+    dropped[known] = means[place] <= promise
+    return dropped
 
 
 def rows_to_drop(p_values: np.ndarray, promise: float = PROMISE) -> np.ndarray:

@@ -6,17 +6,31 @@ that, for instance one of random weights, sees no fault that depends on the prom
 does see it may still be blind to others: an answer with a wrong number follows from its prompt too.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from datasets import Dataset
 from scipy.stats import mannwhitneyu
 
 from .answer_statistics import AnswerStatistics
+from .calibration import LARGEST_BAD, conformal_p_values
 from .evidence import gather_evidence
 
 
 SEES = 0.75
 """AUROC from which on a model counts as seeing: it tells three of four pairs apart, where chance gives two."""
+SUFFICES = 0.8
+"""Power from which on the screen is taken as it is, the usual one of a test; below it training adds evidence."""
 _IGNORED = -100
+
+
+class Control(NamedTuple):
+    """How well a model tells swapped answers from right ones."""
+
+    auroc: float
+    """Probability that a swapped answer has more evidence against it than a right one, in [0, 1]; 0.5 is chance."""
+    power: float
+    """Share of the swapped answers whose p-value is at most 0.2, in [0, 1]."""
 
 
 def swap_answers(prepared: Dataset) -> Dataset:
@@ -47,9 +61,9 @@ def _split(input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int
     return input_ids[:start], input_ids[start:end]
 
 
-def control_auroc(swapped: AnswerStatistics, trusted: AnswerStatistics) -> float:
+def run_control(swapped: AnswerStatistics, trusted: AnswerStatistics) -> Control:
     """
-    Probability that a swapped answer has more evidence against it than a right one, in [0, 1]; 0.5 is chance.
+    Compare swapped answers with right ones.
 
     Args:
         swapped ([`AnswerStatistics`]): of n trusted prompts, each with another answer.
@@ -59,4 +73,8 @@ def control_auroc(swapped: AnswerStatistics, trusted: AnswerStatistics) -> float
     swapped = swapped._replace(answer_hash=trusted.answer_hash.min() - 1 - np.arange(len(swapped.loss)))
     of_swapped, of_trusted = gather_evidence(swapped, trusted)
     num_pairs = len(of_swapped.score) * len(of_trusted.score)
-    return float(mannwhitneyu(of_swapped.score, of_trusted.score).statistic / num_pairs)
+    p_values = conformal_p_values(of_swapped.score, of_trusted.score)
+    return Control(
+        auroc=float(mannwhitneyu(of_swapped.score, of_trusted.score).statistic / num_pairs),
+        power=float((p_values <= LARGEST_BAD).mean()),
+    )

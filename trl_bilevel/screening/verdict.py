@@ -13,7 +13,7 @@ from ..whole_files import damage_explained, write_whole
 from .answer_statistics import AnswerStatistics
 from .calibration import PROMISE, Calibrated, calibrate, trusted_rows_needed
 from .evidence import gather_evidence
-from .positive_control import SEES, control_auroc
+from .positive_control import SEES, SUFFICES, Control, run_control
 from .reasons import give_reasons
 
 
@@ -49,6 +49,11 @@ class Verdict(NamedTuple):
         """Whether the model tells a trusted answer from one that belongs to another prompt."""
         return bool(self.facts["control_auroc"] >= SEES)
 
+    @property
+    def suffices(self) -> bool:
+        """Whether the model sees so much that training need not add evidence of its own."""
+        return bool(self.facts["control_power"] >= SUFFICES)
+
 
 def conclude(
     statistics: list[AnswerStatistics], trusted: list[AnswerStatistics], swapped: list[AnswerStatistics]
@@ -80,7 +85,7 @@ def conclude(
         evidence, trusted_evidence = gather_evidence(answers, trusted_answers)
         score += evidence.score
         of_trusted += trusted_evidence.score
-        controls.append(control_auroc(control.select(np.flatnonzero(~np.isnan(control.loss))), trusted_answers))
+        controls.append(run_control(control.select(np.flatnonzero(~np.isnan(control.loss))), trusted_answers))
         if model == 0:
             reasons[known] = give_reasons(evidence, answers, trusted_answers)
     scores = np.full(num_rows, np.nan)
@@ -92,14 +97,15 @@ def conclude(
     )
 
 
-def _facts(calibrated: Calibrated, num_trusted: int, control: float) -> dict[str, Any]:
+def _facts(calibrated: Calibrated, num_trusted: int, control: Control) -> dict[str, Any]:
     return {
         "noise_rate": calibrated.noise_rate._asdict(),
         "num_rows": len(calibrated.dropped),
         "num_dropped": int(calibrated.dropped.sum()),
         "num_left_out": int((calibrated.dropped | np.isnan(calibrated.p_values)).sum()),
         "num_trusted": num_trusted,
-        "control_auroc": control,
+        "control_auroc": control.auroc,
+        "control_power": control.power,
         "is_informative": bool(calibrated.is_informative),
         "promise": PROMISE,
     }
@@ -122,12 +128,20 @@ def summarize(facts: dict[str, Any]) -> list[str]:
     ]
     if (warning := noise_warning(facts)) is not None:
         sentences.append(warning)
+    learned = facts.get("noise_rate_after_training")
+    if learned is not None:
+        sentences.append(f"Noise rate after training, which added evidence of its own: {learned:.0%}.")
     if num_dropped:
+        assumption = (
+            "if good rows are like the trusted ones"
+            if learned is None
+            else "if the probabilities that training ends with are right"
+        )
         sentences.append(
             f'`keep_ratio="auto"` drops {num_dropped:,} rows and keeps {num_rows - num_dropped:,}: of those dropped '
-            f"at most {facts['promise']:.0%} are good on average, if good rows are like the trusted ones."
+            f"at most {facts['promise']:.0%} are good on average, {assumption}."
         )
-    elif facts["is_informative"]:
+    elif facts["is_informative"] and learned is None:
         needed = trusted_rows_needed(max(rate["estimate"], 1 / num_rows))
         sentences.append(
             f"No row can be dropped with the promise that at most {facts['promise']:.0%} of those dropped are good"
