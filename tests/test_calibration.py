@@ -8,7 +8,9 @@ from trl_bilevel.screening.calibration import (
     calibrate,
     conformal_p_values,
     good_probabilities,
+    least_probable,
     noise_rate,
+    noise_rate_given_power,
     rows_to_drop,
     storey_estimate,
     trusted_rows_needed,
@@ -134,3 +136,32 @@ def test_rows_without_a_score_are_neither_dropped_nor_counted():
 
 def test_too_few_trusted_rows_for_a_noise_rate_say_nothing():
     assert noise_rate(np.arange(50.0), np.arange(3.0)) == (0.0, 0.0, 1.0)
+
+
+def test_the_noise_rate_where_the_control_is_missed_now_and_then():
+    """Rows of which 40 % are bad, and of those six in ten have a small p-value."""
+    generator = np.random.default_rng(0)
+    bad = generator.random(200_000) < 0.4
+    is_seen = generator.random(200_000) < (0.6 - 0.2) / 0.8  # the others are small by chance, one time in five
+    p_values = np.where(bad & is_seen, 0.01, generator.random(200_000))
+    estimate = 1 - storey_estimate(p_values)
+    assert estimate == pytest.approx(0.2, abs=0.01)
+    assert noise_rate_given_power(estimate, power=0.6) == pytest.approx(0.4, abs=0.01)
+    assert noise_rate_given_power(estimate, power=1.0) == pytest.approx(estimate)
+    assert noise_rate_given_power(0.6, power=0.3) == 0.95  # never all of them
+    assert noise_rate_given_power(0.0, power=0.1) == 0.0
+
+
+def test_the_least_probable_rows_have_the_mean_that_is_promised():
+    generator = np.random.default_rng(1)
+    probabilities = generator.beta(0.3, 0.3, size=1000)
+    dropped = least_probable(probabilities, promise=0.1)
+    assert probabilities[dropped].max() < probabilities[~dropped].min()
+    assert probabilities[dropped].mean() <= 0.1
+    one_more = np.append(probabilities[dropped], probabilities[~dropped].min())
+    assert one_more.mean() > 0.1
+    assert not least_probable(np.array([np.nan, 0.4, 0.4])).any()
+    assert least_probable(np.array([np.nan, 0.0])).tolist() == [False, True]
+    assert len(least_probable(np.zeros(0))) == 0
+    # Two of 0.25 would both have to go
+    assert least_probable(np.array([0.0, 0.25, 0.25])).tolist() == [True, False, False]

@@ -11,7 +11,7 @@ from trl_bilevel.cli import main
 from trl_bilevel.demo.pretrained_model import INSTALL_COMMAND, is_installed, pretrained_model
 from trl_bilevel.report import build_report
 from trl_bilevel.run_records import curate_run
-from trl_bilevel.screening.positive_control import SEES
+from trl_bilevel.screening.positive_control import SEES, Control
 from trl_bilevel.screening.screen_run import RowScreener
 
 
@@ -71,7 +71,7 @@ def test_lambda_makes_a_believed_row_count_like_a_trusted_one(screened):
 
 
 def test_curation_and_report_say_what_the_screen_said(screened, rows, tmp_path, capsys):
-    trainer = screened(peft_config=LoraConfig())
+    trainer = screened(peft_config=LoraConfig(), value_function="none")
     with pytest.raises(ValueError, match="No row of this trainer has a score yet"):
         trainer.curate(keep_ratio=0.7)
     trainer.train()
@@ -127,19 +127,75 @@ def test_another_run_in_the_folder_is_screened_anew(screened, build_model, trust
     assert fewer.screening.facts["num_trusted"] == 40
 
 
-def test_a_run_goes_on_as_it_began(screened, monkeypatch):
-    """Although it comes to each row more often now than the default leaves to a screen."""
-    monkeypatch.setattr("trl_bilevel.screening.verdict.SEES", 0.0)  # the model of random weights is believed
+def test_a_run_that_began_without_a_screen_goes_on_without_one(screened, monkeypatch):
     options = {"screen": None, "peft_config": LoraConfig(), "save_strategy": "steps", "save_steps": 3}
     begun = screened(**options)
     begun.train()
-    assert begun.screening is not None
-    longer = screened(**{**options, "max_steps": 30})
-    assert not longer._starts_with_screen
+    assert begun.screening is None  # the model of random weights fails the control
+    longer = screened(**{**options, "max_steps": 9})
+    monkeypatch.setattr(RowScreener, "statistics", None)  # the rows are not read again
     longer.train(resume_from_checkpoint=True)
-    assert longer.state.global_step == 30
-    assert longer.screening.facts == begun.screening.facts
-    assert longer.value_function is None
+    assert longer.state.global_step == 9
+    assert longer.screening is None
+    assert longer.value_function is not None
+
+
+@pytest.mark.parametrize(("power", "learns"), [(0.79, True), (0.8, False)])
+def test_training_adds_evidence_where_the_control_is_not_seen_well(screened, monkeypatch, power, learns):
+    """Of the default, with a model that is believed to see the control."""
+    monkeypatch.setattr("trl_bilevel.screening.verdict.SEES", 0.0)
+    monkeypatch.setattr("trl_bilevel.screening.verdict.run_control", lambda *_: Control(auroc=0.9, power=power))
+    trainer = screened(screen=None, peft_config=LoraConfig())
+    trainer.train()
+    assert (trainer.value_function is not None) == learns
+    assert trainer.validation_batch_size == (4 if learns else 1)
+    assert ("noise_rate_after_training" in trainer._verdict().facts) == learns
+    alone = trainer.screening.facts["noise_rate"]["estimate"]
+    if learns:
+        probabilities = trainer.data_selector.logits.double().sigmoid()
+        assert trainer.estimated_noise_rate == pytest.approx(1 - probabilities.mean().item(), abs=1e-6)
+        assert trainer.estimated_noise_rate != pytest.approx(alone, abs=1e-3)
+    else:
+        assert trainer.estimated_noise_rate == alone
+
+
+def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_bilevel.screening.verdict.run_control", lambda *_: Control(auroc=0.9, power=0.7))
+    clean = prompt_completion_rows(70, offset=2000)
+    mixture = Dataset.from_list([*clean, *rows.select_columns(clean.column_names).select(range(20, 30))])
+    trainer = screened(train_dataset=mixture, peft_config=LoraConfig(), value_function="adapter")
+    assert trainer.estimated_noise_rate is None
+    trainer.train()
+    trainer.save_model()
+    curated = trainer.curate()
+    probabilities = trainer.data_selector.logits.double().sigmoid().numpy()
+    assert curated["good_probability"] == pytest.approx(probabilities.tolist())
+    # As many of the worst as have a mean of a tenth, of equal ones all or none
+    ordered = np.append(np.sort(probabilities), 1.0)
+    whole = [k for k in range(1, 81) if ordered[k - 1] < ordered[k] and ordered[:k].mean() <= 0.1]
+    num_dropped = max(whole)
+    assert 0 < num_dropped < 80
+    kept = trainer.curate("auto")
+    assert len(kept) == 80 - num_dropped
+    assert sorted(kept["rank"]) == [*range(1, 81 - num_dropped)]
+    assert curate_run(tmp_path / "run", "auto").to_list() == kept.to_list()
+    page = build_report(tmp_path / "run")
+    assert f"which added evidence of its own: {trainer.estimated_noise_rate:.0%}" in page
+
+
+def test_what_a_run_without_a_screen_says_of_its_rows(screened):
+    trainer = screened(screen=False, peft_config=LoraConfig())
+    assert trainer.estimated_noise_rate is None
+    trainer.train()
+    seen = trainer.data_selector.scored.numpy()
+    good = np.array(trainer.curate()["good_probability"])
+    assert 0 < seen.sum() < 30
+    assert np.isnan(good).tolist() == (~seen).tolist()
+    assert trainer.estimated_noise_rate == pytest.approx(1 - good[seen].mean())
+    softmax = screened(screen=False, value_function="none")
+    softmax.train()
+    assert softmax.estimated_noise_rate is None
+    assert "good_probability" not in softmax.curate().column_names
 
 
 def test_rows_without_an_answer_are_cut_besides_those_that_are_dropped(screened, rows):
@@ -173,7 +229,10 @@ def test_lambda_follows_the_rows_unless_it_is_given(screened):
     both = {"validation_weight": 0.8, "adaptive_validation_weight": True, "value_function": "adapter"}
     other = screened(train_dataset=rows, peft_config=LoraConfig(), **both)
     other.train()
-    assert other.validation_weight < 0.8
+    believed = (2 * other.data_selector.logits.double().sigmoid() - 1).clamp(min=0).sum().item()
+    # As far as training has come to the rows
+    assert other.state.epoch == pytest.approx(24 / 90, abs=0.01)
+    assert other.validation_weight == pytest.approx(min(0.8, 60 / (60 + other.state.epoch * believed)), abs=1e-6)
 
 
 def test_with_a_value_function_training_adds_its_own_evidence(screened):
@@ -192,7 +251,12 @@ def test_sources_get_the_mean_of_their_rows(screened):
 
 def test_refined_answers_are_believed_as_new_ones(screened):
     trainer = screened(
-        peft_config=LoraConfig(), refine_ratio=0.3, refine_start_step=1, refine_every_steps=2, refine_max_new_tokens=4
+        peft_config=LoraConfig(),
+        value_function="none",
+        refine_ratio=0.3,
+        refine_start_step=1,
+        refine_every_steps=2,
+        refine_max_new_tokens=4,
     )
     trainer.train()
     curated = trainer.curate()
@@ -222,11 +286,7 @@ def test_a_model_that_fails_the_control_learns_weights_as_without_a_screen(scree
     ("options", "is_screened"),
     [
         ({"max_steps": -1, "num_train_epochs": 3}, True),
-        ({"max_steps": -1, "num_train_epochs": 4}, False),
-        ({"max_steps": 26}, True),  # 104 of 30 rows: 3.5 times
-        ({"max_steps": 27}, False),
-        ({"max_steps": 13, "gradient_accumulation_steps": 2}, True),
-        ({"max_steps": 14, "gradient_accumulation_steps": 2}, False),
+        ({"max_steps": -1, "num_train_epochs": 10}, True),
         ({"value_function": "adapter"}, False),
         ({"selector_learning_rate": 1.0}, False),
         ({"validation_dataset": prompt_completion_rows(29, offset=1000)}, False),

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
+from scipy.special import expit
 
 from .selector_files import Selector
 
@@ -50,7 +51,7 @@ def _strings(ids: pa.ChunkedArray) -> pa.Array:
 
 def logit_probabilities(logits: np.ndarray, scored: np.ndarray) -> np.ndarray:
     """Probabilities that rows are good, of sigmoid weights; float64 of shape (N,), NaN where nothing is known."""
-    return np.where(scored, torch.from_numpy(logits).double().sigmoid().numpy(), np.nan)
+    return np.where(scored, expit(logits.astype(np.float64)), np.nan)
 
 
 def probability_logits(probabilities: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

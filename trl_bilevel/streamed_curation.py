@@ -46,7 +46,7 @@ def curate_stream(
         raise ValueError("Training has seen no row of the stream yet, so there is nothing to curate. Train first.")
     scored = selector.scored.numpy()
     weights = selector.weights().numpy().astype(np.float64)
-    good_probability = np.full(num_rows, np.nan)
+    good_probability = None
     if selector.activation == "sigmoid":
         good_probability = logit_probabilities(selector.logits.numpy(), scored)
     rank = rank_rows(selector.logits.numpy(), scored)
@@ -70,7 +70,7 @@ def curate_stream(
                     "rank": int(rank[number]),
                     "scored": bool(scored[number]),
                     "response_source": "original",
-                    "good_probability": float(good_probability[number]),
+                    **({} if good_probability is None else {"good_probability": float(good_probability[number])}),
                 },
             )
             if num_left == 0:
@@ -80,7 +80,7 @@ def curate_stream(
             "curated dataset. The stream must give the same rows at every iteration."
         )
 
-    return _stream_from(read, _features(stream, sample_id_column), stream)
+    return _stream_from(read, _features(stream, sample_id_column, good_probability is not None), stream)
 
 
 def _stream_from(
@@ -92,7 +92,7 @@ def _stream_from(
     return IterableDataset(ExamplesIterable(read, {}), info=info, split=like.split)
 
 
-def _features(stream: IterableDataset, sample_id_column: str) -> Features | None:
+def _features(stream: IterableDataset, sample_id_column: str, has_probabilities: bool) -> Features | None:
     """Types of the columns, where the stream says those of its own."""
     if stream.features is None:
         return None
@@ -101,7 +101,7 @@ def _features(stream: IterableDataset, sample_id_column: str) -> Features | None
         "rank": Value("int64"),
         "scored": Value("bool"),
         "response_source": Value("string"),
-        "good_probability": Value("float64"),
+        **({"good_probability": Value("float64")} if has_probabilities else {}),
     }
     own = {**stream.features, SAMPLE_ID_COLUMN: stream.features[sample_id_column]}  # in its place, if it is there
     return Features({**own, **added})
