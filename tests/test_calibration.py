@@ -8,7 +8,6 @@ from trl_bilevel.screening.calibration import (
     calibrate,
     conformal_p_values,
     good_probabilities,
-    least_probable,
     noise_rate,
     noise_rate_given_power,
     rows_to_drop,
@@ -150,18 +149,3 @@ def test_the_noise_rate_where_the_control_is_missed_now_and_then():
     assert noise_rate_given_power(estimate, power=1.0) == pytest.approx(estimate)
     assert noise_rate_given_power(0.6, power=0.3) == 0.95  # never all of them
     assert noise_rate_given_power(0.0, power=0.1) == 0.0
-
-
-def test_the_least_probable_rows_have_the_mean_that_is_promised():
-    generator = np.random.default_rng(1)
-    probabilities = generator.beta(0.3, 0.3, size=1000)
-    dropped = least_probable(probabilities, promise=0.1)
-    assert probabilities[dropped].max() < probabilities[~dropped].min()
-    assert probabilities[dropped].mean() <= 0.1
-    one_more = np.append(probabilities[dropped], probabilities[~dropped].min())
-    assert one_more.mean() > 0.1
-    assert not least_probable(np.array([np.nan, 0.4, 0.4])).any()
-    assert least_probable(np.array([np.nan, 0.0])).tolist() == [False, True]
-    assert len(least_probable(np.zeros(0))) == 0
-    # Two of 0.25 would both have to go
-    assert least_probable(np.array([0.0, 0.25, 0.25])).tolist() == [True, False, False]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
@@ -12,7 +13,6 @@ from trl_bilevel.demo.pretrained_model import INSTALL_COMMAND, is_installed, pre
 from trl_bilevel.report import build_report
 from trl_bilevel.run_records import curate_run
 from trl_bilevel.screening.positive_control import SEES, Control
-from trl_bilevel.screening.screen_run import RowScreener
 
 
 @pytest.fixture
@@ -35,6 +35,29 @@ def screened(make_trainer, rows, trusted):
         return make_trainer(**{"train_dataset": rows, "validation_dataset": trusted, "screen": True, **options})
 
     return make
+
+
+def isotonic_regression(values, targets):
+    """By pooling adjacent violators, of values that all differ."""
+    order = np.argsort(values)
+    blocks = []
+    for target in targets[order]:
+        blocks.append([target, 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (left, m), (right, n) = blocks[-2:]
+            blocks[-2:] = [[(m * left + n * right) / (m + n), m + n]]
+    found = np.empty(len(values))
+    found[order] = np.concatenate([np.full(size, mean) for mean, size in blocks])
+    return found
+
+
+def loss_of(model, tokenizer, row):
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    ids = torch.tensor([tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, labels=labels).loss.item()
 
 
 def test_the_weights_are_the_probabilities_of_the_screen(screened, rows, trusted, build_model, tokenizer, make_config):
@@ -104,7 +127,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(screened, tmp_path, options, monk
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     resumed = screened(output_dir=str(tmp_path / "whole"), **options)
-    monkeypatch.setattr(RowScreener, "statistics", None)  # the rows are not read again
+    monkeypatch.setattr("trl_bilevel.screening.screen_run.conclude", None)  # the screen is not made again
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for name, value in resumed.model.state_dict().items():
         assert value.equal(whole.model.state_dict()[name]), name
@@ -133,7 +156,7 @@ def test_a_run_that_began_without_a_screen_goes_on_without_one(screened, monkeyp
     begun.train()
     assert begun.screening is None  # the model of random weights fails the control
     longer = screened(**{**options, "max_steps": 9})
-    monkeypatch.setattr(RowScreener, "statistics", None)  # the rows are not read again
+    monkeypatch.setattr("trl_bilevel.screening.screen_run.conclude", None)  # no screen is made
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 9
     assert longer.screening is None
@@ -159,7 +182,7 @@ def test_training_adds_evidence_where_the_control_is_not_seen_well(screened, mon
         assert trainer.estimated_noise_rate == alone
 
 
-def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monkeypatch):
+def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr("trl_bilevel.screening.verdict.run_control", lambda *_: Control(auroc=0.9, power=0.7))
     clean = prompt_completion_rows(70, offset=2000)
     mixture = Dataset.from_list([*clean, *rows.select_columns(clean.column_names).select(range(20, 30))])
@@ -169,14 +192,16 @@ def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monke
     trainer.save_model()
     curated = trainer.curate()
     probabilities = trainer.data_selector.logits.double().sigmoid().numpy()
-    assert curated["good_probability"] == pytest.approx(probabilities.tolist())
-    # As many of the worst as have a mean of a tenth, of equal ones all or none
-    ordered = np.append(np.sort(probabilities), 1.0)
-    whole = [k for k in range(1, 81) if ordered[k - 1] < ordered[k] and ordered[:k].mean() <= 0.1]
-    num_dropped = max(whole)
+    losses = [loss_of(trainer.model, tokenizer, row) for row in mixture]
+    assert trainer._final_losses == pytest.approx(losses, rel=1e-3)
+    by_loss = isotonic_regression(-trainer._final_losses, probabilities)
+    assert curated["good_probability"] == pytest.approx(((probabilities + by_loss) / 2).tolist())
+    dropped = (probabilities <= 0.1) & (by_loss <= 0.1)
+    num_dropped = dropped.sum()
     assert 0 < num_dropped < 80
     kept = trainer.curate("auto")
     assert len(kept) == 80 - num_dropped
+    assert trainer.estimated_noise_rate == pytest.approx(1 - np.mean(curated["good_probability"]))
     assert sorted(kept["rank"]) == [*range(1, 81 - num_dropped)]
     assert curate_run(tmp_path / "run", "auto").to_list() == kept.to_list()
     page = build_report(tmp_path / "run")

@@ -28,7 +28,7 @@ from .response_generation import (
     ready_to_generate,
 )
 from .screening.evidence import FEWEST_TRUSTED
-from .screening.screen_run import screen_run
+from .screening.screen_run import screen_rows, screen_run
 from .screening.training_evidence import after_training
 from .screening.verdict import Verdict
 from .selector_setup import resolve_adaptive_validation_weight, selector_of_screen
@@ -87,6 +87,7 @@ class BilevelSetup(SFTTrainer):
     _trusted_dataset: Dataset
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
+    _final_losses: np.ndarray | None
 
     @property
     def is_sharded(self) -> bool:
@@ -209,7 +210,15 @@ class BilevelSetup(SFTTrainer):
             return self.screening
         good_probability = self._good_probability()
         assert good_probability is not None
-        return after_training(self.screening, good_probability)
+        losses = self._final_losses if self._final_losses is not None else np.full_like(good_probability, np.nan)
+        return after_training(self.screening, good_probability, losses)
+
+    def _look_again(self) -> None:
+        """After the last step: a pass over the rows, where training adds to what a screen said of them."""
+        self._final_losses = None
+        has_changed_answers = self.args.refine_ratio > 0  # the loss would be that of another answer
+        if self.screening is not None and self.value_function is not None and not has_changed_answers:
+            self._final_losses = screen_rows(self, self._source_dataset, "Looking again").loss
 
     def _resolve_value_function(self) -> bool:
         args = self.args

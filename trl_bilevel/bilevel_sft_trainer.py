@@ -167,6 +167,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         self._source_dataset = train_dataset
         self._is_streamed = isinstance(train_dataset, IterableDataset)
         self.screening: Verdict | None = None
+        self._final_losses: np.ndarray | None = None  # of the rows, once a training has ended
         self._sample_ids: pa.ChunkedArray | None = None  # of a stream the selector knows them
         if self._is_streamed:
             self._stream_ids = check_stream(train_dataset, args, data_selector)
@@ -247,10 +248,13 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             self.response_store.go_on_as(ResponseStore(self._responses_folder, run[0], self.refiner.settings))
         self._weight_history = WeightHistory()  # whose time runs from now, as do the tokens
         self._total_train_tokens = 0
+        self._final_losses = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._weight_history.stop_clock()
+        self._look_again()
+        return output
 
     # ---- Logs ----
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -310,6 +314,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         if isinstance(self.data_selector, StreamedSelector):
             return curate_stream(self._source_dataset, self._stream_ids, self.data_selector, keep_ratio)
         assert self._sample_ids is not None
+        verdict = self._verdict()
         return curate_dataset(
             self._source_dataset,
             self._sample_ids,
@@ -318,7 +323,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             scored=self.data_selector.scored.numpy(),
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
-            verdict=self._verdict(),
+            verdict=verdict,
             good_probability=self._good_probability(),
             num_dropped=self._num_left_out(),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),

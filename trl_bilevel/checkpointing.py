@@ -176,7 +176,13 @@ class Checkpointing(SFTTrainer):
         if not is_checkpoint(directory):  # which has Trainer's own
             save_log(directory, self.state)
         # Last: what has scores is complete
-        save_scores(directory, self.data_selector, self._rows_fingerprint, self.state.global_step)
+        save_scores(
+            directory,
+            self.data_selector,
+            self._rows_fingerprint,
+            self.state.global_step,
+            self._final_losses,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

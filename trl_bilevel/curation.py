@@ -36,7 +36,8 @@ def curate_dataset(
 
     - `sample_id` (string or int): the row's id, unless the dataset has that column already;
     - `weight` (float): learned weight, mean 1 over all N rows;
-    - `rank` (int): 1 for the row of the highest weight, N for the lowest; rows that were not scored come last;
+    - `rank` (int): 1 for the row of the highest weight, N for the lowest; by `good_probability` where training added
+      to a screen. Rows that were not scored come last;
     - `scored` (bool): False for a row whose weight was never updated, because training ended before it was seen, its
       loss was never finite, truncation left it without completion tokens, or weights were fixed
       (`selector_learning_rate=0`) and the given selector did not know it. Its weight says nothing about it. Also
@@ -75,6 +76,8 @@ def curate_dataset(
     """
     num_rows, split = len(dataset), dataset.split
     num_kept = count_kept(num_rows, keep_ratio, num_dropped)
+    if verdict is not None and verdict.is_learned:
+        scores = verdict.good_probability
     rank = rank_rows(scores, scored, None if verdict is None else verdict.score)
     source_columns = {"response_source": pa.repeat("original", num_rows)}
     if responses is not None:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,14 +18,16 @@ from .whole_files import damage_explained, write_whole
 
 
 SCORES_FILE_NAME = "_row_scores.pq"  # Parquet; the Hub's client warns of `.parquet` in a model repository
-_COLUMNS = ("sample_id", "logit", "weight", "scored", "judged")
+_COLUMNS = ("sample_id", "logit", "weight", "scored", "judged", "loss")
 # How many scores had been written into the run's folder by then, of whatever run: a clock may be set back, and copies
 # have times of their own
 _WRITE_NUMBER = "write_number"
 _CURE = "Delete it, and an earlier checkpoint is taken, or give another one."
 
 
-def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprint: str, step: int) -> None:
+def save_scores(
+    directory: str | os.PathLike, selector: DataSelector, fingerprint: str, step: int, losses: np.ndarray | None = None
+) -> None:
     """
     Write what curation needs to know of every row, whole or not at all.
 
@@ -33,9 +36,13 @@ def save_scores(directory: str | os.PathLike, selector: DataSelector, fingerprin
         selector ([`DataSelector`]): N rows.
         fingerprint (`str`): of the training rows.
         step (`int`): optimizer step of the scores.
+        losses (`numpy.ndarray`, *optional*): of the rows under the trained model, shape (N,), nats per token.
     """
     table = selector_table(selector)
-    table = table.append_column("judged", pa.array(selector.judged.numpy())).replace_schema_metadata(
+    table = table.append_column("judged", pa.array(selector.judged.numpy()))
+    loss = pa.nulls(len(table), pa.float64()) if losses is None else pa.array(losses)
+    table = table.append_column("loss", loss)
+    table = table.replace_schema_metadata(
         {
             **table.schema.metadata,
             "rows_fingerprint": fingerprint,

@@ -197,37 +197,6 @@ def noise_rate_given_power(estimate: float, power: float) -> float:
     return max(estimate, min(_LARGEST_NOISE_RATE, estimate * (1 - LARGEST_BAD) / (power - LARGEST_BAD)))
 
 
-def least_probable(good_probability: np.ndarray, promise: float = PROMISE) -> np.ndarray:
-    """
-    As many rows as can be dropped, the least probable first, until their mean probability of being good is `promise`.
-
-    The direct posterior probability approach (Newton et al., 2004): as good as the probabilities are calibrated.
-
-    Args:
-        good_probability (`np.ndarray`): shape (N,), in [0, 1]; NaN for a row that is not dropped.
-        promise (`float`): in (0, 1).
-
-    Returns:
-        `np.ndarray`: bool, shape (N,). Rows of equal probability are dropped together or not at all.
-
-    Example:
-
-    ```python
-    >>> least_probable(np.array([0.9, 0.02, 0.5, 0.1, 0.1]))
-    array([False,  True, False,  True,  True])
-
-    ```
-    """
-    dropped = np.zeros(len(good_probability), dtype=bool)
-    known = np.flatnonzero(~np.isnan(good_probability))
-    ordered = np.sort(good_probability[known])
-    means = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)  # never falling
-    # The last of rows of equal probability speaks for all of them
-    place = np.searchsorted(ordered, good_probability[known], side="right") - 1
-    dropped[known] = means[place] <= promise
-    return dropped
-
-
 def rows_to_drop(p_values: np.ndarray, promise: float = PROMISE) -> np.ndarray:
     """
     The rows that Benjamini and Hochberg (1995) reject: of those, a share of at most `promise` is good on average.

@@ -38,9 +38,10 @@ def screen_run(
     verdict = broadcast_object_list(found)[0]
     if verdict is not None:
         return verdict
+    of_rows = screen_rows(trainer, rows, "Screening")
     screener = RowScreener(trainer, _TOKENS_PER_BATCH)
     of_trusted, swapped = screener.statistics(trusted), screener.swapped_statistics(trusted)
-    verdict = conclude([_in_pieces(screener, rows)], [of_trusted], [swapped])
+    verdict = conclude([of_rows], [of_trusted], [swapped])
     if trainer.is_world_process_zero():
         save_verdict(trainer.args.output_dir, verdict, *fingerprints)
     said = "\n".join(summarize(verdict.facts))
@@ -50,10 +51,18 @@ def screen_run(
     return verdict
 
 
-def _in_pieces(screener: RowScreener, rows: Dataset) -> AnswerStatistics:
-    """Statistics of all rows, of which only some are tokenized at a time."""
+def screen_rows(trainer: Any, rows: Dataset, description: str) -> AnswerStatistics:
+    """
+    Statistics of all rows under the model as it is, of which only some are tokenized at a time.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]): as for [`screen_run`].
+        rows (`datasets.Dataset`): N rows as the user passed them.
+        description (`str`): of the progress bar.
+    """
+    screener = RowScreener(trainer, _TOKENS_PER_BATCH)
     found = []
-    with row_progress(screener.trainer, len(rows), "Screening") as progress:
+    with row_progress(trainer, len(rows), description) as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             piece = rows.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
             found.append(screener.statistics(piece))

@@ -5,8 +5,9 @@ Arrays in, arrays out; how the evidence is gathered is `value_function.py`.
 """
 
 import numpy as np
+from sklearn.isotonic import IsotonicRegression
 
-from .calibration import least_probable, noise_rate_given_power
+from .calibration import PROMISE, noise_rate_given_power
 from .verdict import Verdict
 
 
@@ -32,19 +33,53 @@ def prior_probabilities(verdict: Verdict) -> np.ndarray:
     return verdict.good_probability * (1 - corrected) / (1 - rate["estimate"])
 
 
-def after_training(verdict: Verdict, good_probability: np.ndarray) -> Verdict:
+def loss_probabilities(losses: np.ndarray, good_probability: np.ndarray) -> np.ndarray:
+    r"""
+    Probability that a row is good, given its loss: how many rows of that loss other evidence holds to be good.
+
+        r(l) = the function that never rises with the loss and is closest to P(good), in squares
+
+    Args:
+        losses (`np.ndarray`): of the rows, shape (N,), nats per token; NaN where it is not known.
+        good_probability (`np.ndarray`): by the other evidence, shape (N,), in [0, 1], or NaN.
+
+    Returns:
+        `np.ndarray`: shape (N,), in [0, 1], with the mean of `good_probability`; that itself without a loss.
+
+    Example:
+
+    ```python
+    >>> loss_probabilities(np.array([0.1, 2.0, 0.2, 3.0]), np.array([0.9, 0.2, 0.8, 0.4])).round(2)
+    array([0.9, 0.3, 0.8, 0.3])
+
+    ```
+    """
+    known = np.flatnonzero(~np.isnan(losses) & ~np.isnan(good_probability))
+    found = good_probability.copy()
+    if len(known) > 0:
+        found[known] = IsotonicRegression(increasing=False).fit_transform(losses[known], good_probability[known])
+    return found
+
+
+def after_training(verdict: Verdict, good_probability: np.ndarray, losses: np.ndarray) -> Verdict:
     """
     A verdict whose probabilities are those that training ends with.
 
-    The p-values, the reasons and the interval of the noise rate stay the screen's.
+    They are the means of two: what the weights have come to, and what the trained model's loss says by
+    [`loss_probabilities`]. The first is the better one where most rows are bad, the second where most are good. A row
+    is dropped if both hold it to be good with a probability of at most a tenth. (Ours.) The p-values, the reasons and
+    the interval of the noise rate stay the screen's.
 
     Args:
         verdict ([`Verdict`]): of the screen.
-        good_probability (`np.ndarray`): shape (N,), in [0, 1].
+        good_probability (`np.ndarray`): by the weights, shape (N,), in [0, 1].
+        losses (`np.ndarray`): of the rows under the trained model, shape (N,), nats per token; NaN where not known.
     """
     has_answer = ~np.isnan(verdict.score)
-    good = np.where(has_answer, good_probability, np.nan)
-    dropped = least_probable(good)
+    learned = np.where(has_answer, good_probability, np.nan)
+    by_loss = loss_probabilities(losses, learned)
+    good = (learned + by_loss) / 2
+    dropped = np.maximum(learned, by_loss) <= PROMISE
     facts = {
         **verdict.facts,
         "noise_rate_after_training": float(1 - good[has_answer].mean()),

@@ -50,6 +50,11 @@ class Verdict(NamedTuple):
         return bool(self.facts["control_auroc"] >= SEES)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether training has added to it, see [`~trl_bilevel.screening.training_evidence.after_training`]."""
+        return "noise_rate_after_training" in self.facts
+
+    @property
     def suffices(self) -> bool:
         """Whether the model sees so much that training need not add evidence of its own."""
         return bool(self.facts["control_power"] >= SUFFICES)
