@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.beds import ARITHMETIC, BAD_SHARES, FIRST_CONTACT, FORMATS, HALLUCINATION, PIPELINE, Bed
-from lib.method_names import BMO, FIRST_ROUND, PUBLIC_CODES, SCREENED
+from lib.method_names import BMO, DEFAULT, FIRST_ROUND, PUBLIC_CODES
 from lib.methods import ON_BEDS
 from lib.results import Results, fill_in, markdown, spread
 from rich.console import Console
@@ -78,7 +78,7 @@ def weights_across_beds(results: Results, seeds: list[int]) -> Rows:
     """How far the learned weights spread, by method, format and bed."""
     rows = []
     for row_format in FORMATS:
-        for method in (SCREENED, FIRST_ROUND, PUBLIC_CODES, BMO):
+        for method in (DEFAULT, FIRST_ROUND, PUBLIC_CODES, BMO):
             for name, bed in _BEDS.items():
                 problem = str(bed._replace(row_format=row_format))
                 cells = [_cell(results, problem, method, measure, seeds) for measure in _WEIGHTS]
@@ -93,7 +93,7 @@ def cut_of_the_screen(results: Results, seeds: list[int]) -> Rows:
     for row_format in FORMATS:
         for name, bed in _BEDS.items():
             problem = str(bed._replace(row_format=row_format))
-            cells = [_cell(results, problem, SCREENED, measure, seeds) for measure in _CUT]
+            cells = [_cell(results, problem, DEFAULT, measure, seeds) for measure in _CUT]
             if any(cell != "-" for cell in cells):
                 rows.append([row_format, name, *cells])
     return ["format", "bed", *_CUT.values()], rows

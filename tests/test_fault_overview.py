@@ -202,7 +202,7 @@ README_ROWS = {
     "selection as in the public codes (dense Adam)": "dense Adam, as the public codes",
     "the same, its step 20 times as large": "dense Adam, step 0.1",
     "`BilevelSFTTrainer` without a value function": "BDS, no value function",
-    "`BilevelSFTTrainer`, all defaults": "BDS (all defaults)",
+    "`BilevelSFTTrainer`, all defaults": "BDS, learned weights",
     "second round: then SFT on the trusted rows and its best rows": "second round: SFT on trusted and kept rows",
     "SFT on the good rows (oracle)": "SFT on the good rows (oracle)",
 }
@@ -230,7 +230,7 @@ def test_readme_shows_the_published_results():
         assert exact_match == f"{np.mean(_published(method, 'exact_match')):.3f}", label
         if auroc:
             assert auroc == f"{np.mean(_published(method, 'auroc')):.3f}", label
-    for label, method in (("SFT", "SFT"), ("bilevel SFT", "BDS (all defaults)")):  # the demo is seed 0
+    for label, method in (("SFT", "SFT"), ("bilevel SFT", "BDS, learned weights")):  # the demo is seed 0
         exact_match, auroc, kept_good = rows[label]
         ((match,), (area,), (kept,)) = (
             _published(method, name, [0]) for name in ("exact_match", "auroc", "kept_good")

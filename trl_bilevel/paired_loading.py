@@ -64,9 +64,8 @@ class PairedLoading(SFTTrainer):
             batch_size = args.per_device_train_batch_size
             if self.screening is not None and self.value_function is None and self.packed_validation is None:
                 batch_size = max(1, batch_size // _TRAINING_ROWS_PER_TRUSTED)
-            if self.packed_validation is not None:
-                # A small dataset packs into few sequences
-                batch_size = max(1, min(batch_size, len(validation) // batches_per_step))
+            # There may be few trusted rows, and a small dataset packs into few sequences
+            batch_size = max(1, min(batch_size, len(validation) // batches_per_step))
         self.validation_batch_size = batch_size
         check_batch_sizes(
             num_training=None if self._is_streamed else len(training),

@@ -6,6 +6,7 @@ from lib.method_names import (
     BMO,
     BMO_SHARP,
     CONSTANT_LAMBDA,
+    DEFAULT,
     EQUAL_WEIGHTS,
     FIRST_ROUND,
     FIXED_ADAM,
@@ -15,7 +16,6 @@ from lib.method_names import (
     PUBLIC_CODES,
     REFINED,
     REFINED_RANDOM,
-    SCREENED,
 )
 
 
@@ -33,10 +33,10 @@ _PUBLIC_CODES: dict[str, Any] = {
 # Their step, 0.005, is for runs of many thousand steps
 LARGER_STEPS = {"dense Adam, step 0.02": 0.02, "dense Adam, step 0.1": 0.1}
 BILEVEL_OPTIONS: dict[str, dict[str, Any]] = {
-    # The default where a model passes the positive control of the screen, which no toy does
-    SCREENED: {"screen": True},
-    # and where it does not
-    FIRST_ROUND: {"screen": False},
+    # Weights from a screen, to which training adds where the model does not see the positive control well
+    DEFAULT: {},
+    # All others without a screen; this one is the default where the model does not see the control at all
+    FIRST_ROUND: {},
     # What the trusted rows in each batch do alone
     EQUAL_WEIGHTS: {**CONSTANT, **BY_THE_LOSS, "selector_learning_rate": 0.0},
     PUBLIC_CODES: _PUBLIC_CODES,
@@ -105,7 +105,10 @@ ABLATION_OPTIONS: dict[str, dict[str, Any]] = {
     "refined: ratio per sequence": {**_LOWEST, "importance_sampling_level": "sequence"},
     f"{REFINED}, sure answers": {**_LOWEST, "refine_min_probability": 0.95},
 }
-OPTIONS = {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS}
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: options if name == DEFAULT else {"screen": False, **options}
+    for name, options in {**BILEVEL_OPTIONS, **REFINED_OPTIONS, **ABLATION_OPTIONS}.items()
+}
 """Of every run of the bilevel trainer."""
 
 # What is shown together: the value of the option, and the run

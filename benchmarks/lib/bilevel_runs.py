@@ -7,7 +7,7 @@ from datasets import concatenate_datasets
 
 from lib.bilevel_options import OPTIONS
 from lib.measures import best_rows, measure_answers, measure_cut, measure_unseen, measure_weights
-from lib.method_names import FIRST_ROUND, NO_VALUE_FUNCTION, SCREENED, SECOND_ROUND
+from lib.method_names import DEFAULT, FIRST_ROUND, NO_VALUE_FUNCTION, SECOND_ROUND
 from lib.problem import Problem
 from lib.results import Files
 from lib.training import Run, adapter, common_options, train, train_sft
@@ -20,7 +20,7 @@ def run_bilevel(name: str, problem: Problem, files: Files) -> Run:
     chosen: dict[str, Any] = {**problem.options, **OPTIONS[name]}
     options = {
         "per_device_validation_batch_size": None
-        if name == SCREENED
+        if name == DEFAULT
         else min(chosen["per_device_train_batch_size"], len(problem.trusted)),
         # Its scores are measured on rows that nothing was trained on
         "amortized_selector": problem.unseen is not None and name in (NO_VALUE_FUNCTION, FIRST_ROUND),
@@ -35,16 +35,20 @@ def run_bilevel(name: str, problem: Problem, files: Files) -> Run:
         peft_config=adapter(problem),
     )
     measures = train(trainer)
-    if name == SCREENED:
+    if name == DEFAULT:
         curated = trainer.curate()
-        assert trainer.screening is not None
-        is_dropped, facts = trainer.screening.dropped, trainer.screening.facts
+        is_dropped = ~np.isin(np.arange(len(curated)), trainer.curate("auto")["sample_id"])
+        assert trainer.estimated_noise_rate is not None
         measures |= {
-            "noise_rate": facts["noise_rate"]["estimate"],
-            "control_auroc": facts["control_auroc"],
+            "noise_rate": trainer.estimated_noise_rate,
+            "learns": float(trainer.value_function is not None),
             "dropped": float(is_dropped.mean()),
             "good_among_dropped": float(problem.good[is_dropped].mean()) if is_dropped.any() else 0.0,
+            **_calibration(np.array(curated["good_probability"]), problem.good),
         }
+        if trainer.screening is not None:
+            measures["control_auroc"] = trainer.screening.facts["control_auroc"]
+            measures["control_power"] = trainer.screening.facts["control_power"]
         return Run(trainer.model, -np.array(curated["rank"], dtype=float), measures, trainer)
     selector = trainer.data_selector
     if name == FIRST_ROUND:
@@ -53,6 +57,19 @@ def run_bilevel(name: str, problem: Problem, files: Files) -> Run:
     if options.get("selector_learning_rate") == 0:  # no ranking was learned
         return Run(trainer.model, -problem.losses(trainer.model, problem.training), measures, trainer)
     return Run(trainer.model, selector.logits.numpy().copy(), measures, trainer)
+
+
+def _calibration(good_probability: np.ndarray, good: np.ndarray) -> dict[str, float]:
+    """Rows, and good ones among them, by their probability in ten equal parts of [0, 1]: for a reliability figure."""
+    part = np.minimum((np.nan_to_num(good_probability, nan=0.5) * 10).astype(int), 9)
+    counts, of_good = np.bincount(part, minlength=10), np.bincount(part, weights=good, minlength=10)
+    sums = np.bincount(part, weights=np.nan_to_num(good_probability, nan=0.5), minlength=10)
+    return {
+        f"{name} {place}": float(value)
+        for name, values in (("rows", counts), ("good", of_good), ("believed", sums))
+        for place, value in enumerate(values)
+        if counts[place]
+    }
 
 
 def measure_bilevel(name: str, run: Run, problem: Problem) -> dict[str, float]:

@@ -19,6 +19,7 @@ from lib.method_names import (
     ABOVE_ZERO,
     BASE,
     BMO,
+    DEFAULT,
     EQUAL_WEIGHTS,
     FIRST_ROUND,
     MIXED,
@@ -27,7 +28,6 @@ from lib.method_names import (
     PUBLIC_CODES,
     RANDOM,
     ROUNDS,
-    SCREENED,
     SFT,
     TRUSTED,
 )
@@ -66,14 +66,14 @@ METHODS = (
     *ABLATION_OPTIONS,
 )
 """All of them, in the order they are run in: what others build on comes first."""
-ON_BEDS = (BASE, SFT, TRUSTED, ORACLE, SCREENED, FIRST_ROUND, *RANKINGS, EQUAL_WEIGHTS, PUBLIC_CODES, BMO, *OWN_CUTS)
+ON_BEDS = (BASE, SFT, TRUSTED, ORACLE, DEFAULT, FIRST_ROUND, *RANKINGS, EQUAL_WEIGHTS, PUBLIC_CODES, BMO, *OWN_CUTS)
 """What is run on real text by default."""
 ON_TOYS = tuple(
     [
         name
         for name in METHODS
         if (name in SFT_ROWS and name != RANDOM)
-        or name in (FIRST_ROUND, PUBLIC_CODES, BMO, ABOVE_ZERO, *ROUNDS, *TOOLS)
+        or name in (DEFAULT, FIRST_ROUND, PUBLIC_CODES, BMO, ABOVE_ZERO, *ROUNDS, *TOOLS)
         or (name in RANKINGS and BASE not in RANKINGS[name].needs)
     ]
 )
