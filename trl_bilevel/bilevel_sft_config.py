@@ -70,19 +70,21 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         screen (`bool`, *optional*):
             Start from a screen: before the first step the model reads every row once, and a row's weight is the
             probability that its answer is as good as the trusted ones, see [`screen_dataset`] and docs/screening.md.
-            The weights then stay as they are, unless `value_function="adapter"` is set as well, and trusted rows
-            join in a quarter as many as training rows. Costs a forward pass over the rows. If `None`, on where the
-            options leave it open (BDS with mirror descent and no `value_function` or `data_selector` given, at least
-            30 trusted rows, no stream, not DeepSpeed or FSDP), the run comes to each row at most three times, and
-            the model passes the positive control: it must tell trusted answers from each other's. A model of random
-            weights does not; then weights are learned as without a screen.
+            Costs a forward pass over the rows. A positive control says how well the model tells trusted answers from
+            each other's. Where it does with a power of 0.8, weights stay as they are, and a quarter as many trusted
+            rows as training rows join a batch. Where it does so less well, and there is an adapter, training adds
+            evidence of its own by a value function, and ends with one more pass over the rows; `value_function`
+            decides it too. If `None`, on where the options leave it open (BDS with mirror descent and no
+            `value_function` or `data_selector` given, at least 30 trusted rows, no stream, not DeepSpeed or FSDP) and
+            the model passes the control in three of four pairs. One of random weights does not; then weights are
+            learned as without a screen.
         value_function (`str`, *optional*):
             `"adapter"`: a second set of values for the PEFT adapter's parameters, on the same base, learns the
             training rows only. The selector then follows the excess loss, how much worse a row is under the model
             than under them, and not the loss, which is high for any hard row. Costs a forward and backward pass over
             the training rows, and ranks far better (docs/results.md). `"none"`: the loss itself. If `None`,
-            `"adapter"` for a model with a PEFT adapter where there is no screen and nothing speaks against it: BDS
-            with mirror descent, without DeepSpeed, FSDP or fp16.
+            `"adapter"` for a model with a PEFT adapter where a screen does not suffice and nothing speaks against it:
+            BDS with mirror descent, without DeepSpeed, FSDP or fp16.
         value_function_rows (`str`, *optional*, defaults to `"rejected"`):
             Which rows the value function learns: `"rejected"`, those the selector turned down; `"all"`; or
             `"selected"`, the lower level's weighted rows.
