@@ -17,6 +17,7 @@ from trl_bilevel.demo import problem, tiny_model
 from trl_bilevel.demo.comparison import area_under_roc
 from trl_bilevel.demo.planted_faults import OPERATIONS, build_dataset, build_tokenizer
 from trl_bilevel.demo.problem import DemoArguments
+from trl_bilevel.run_records import curate_run, read_facts
 
 
 pytestmark = pytest.mark.xdist_group("demo")  # one run serves all tests
@@ -87,7 +88,7 @@ def demo_output(tmp_path_factory):
     """The command itself, on a small scale, with options from a YAML file and from the command line."""
     folder = tmp_path_factory.mktemp("demo")
     config = folder / "demo.yaml"
-    config.write_text("num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 60\n")
+    config.write_text("num_train_rows: 320\nnum_held_out_rows: 60\nnum_train_epochs: 2\nnum_base_steps: 250\n")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["demo", "--config", str(config), "--output_dir", str(folder / "out"), "--seed", "3"]) == 0
@@ -97,11 +98,12 @@ def demo_output(tmp_path_factory):
 
 def test_demo_writes_a_dataset_any_script_can_load(demo_output, tmp_path):
     curated = load_dataset(str(demo_output / "curated"), split="train", cache_dir=str(tmp_path))
-    assert len(curated) == 96  # 30 % of 320
+    assert 0 < len(curated) < 320  # not as many as are good, of which nobody told the run
     assert curated.column_names == [
-        "prompt", "completion", "fault", "sample_id", "weight", "rank", "scored", "response_source",
+        "prompt", "completion", "fault", "sample_id", "weight", "rank", "scored", "response_source", "p_value",
+        "good_probability", "screen_reason",
     ]  # fmt: skip
-    assert sorted(curated["rank"]) == list(range(1, 97))
+    assert sorted(curated["rank"]) == list(range(1, len(curated) + 1))
 
 
 def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
@@ -115,13 +117,26 @@ def test_demo_writes_an_adapter_that_loads_on_its_base(demo_output):
 def test_demo_prints_the_scores_it_computed(demo_output):
     table = (demo_output.parent / "printed.txt").read_text()
     rows = {cells[0]: cells[1:] for line in table.splitlines() if (cells := re.findall(r"[^│ ](?:[^│]*[^│ ])?", line))}
-    curated = Dataset.from_parquet(str(demo_output / "curated" / "train.parquet"), cache_dir=str(demo_output / "x"))
-    kept_good = np.mean(np.array(curated["fault"]) == "none")
+    scored = curate_run(demo_output / "adapter")
+    good = np.array(scored["fault"]) == "none"
+    kept_good = good[np.array(scored["rank"]) <= good.sum()].mean()
     assert rows["bilevel SFT"][-1] == f"{kept_good:.1%}"
     for method in ("base model", "SFT", "bilevel SFT"):
         assert 0 <= float(rows[method][0]) <= 1
     assert 0 < float(rows["bilevel SFT"][1]) <= 1
     assert "seed 3" in table
+
+
+def test_demo_says_what_the_run_found_and_writes_its_report(demo_output):
+    printed = " ".join((demo_output.parent / "printed.txt").read_text().split())
+    num_rows = len(curate_run(demo_output / "adapter"))
+    kept = curate_run(demo_output / "adapter", "auto")
+    curated = Dataset.from_parquet(str(demo_output / "curated" / "train.parquet"))
+    assert curated["sample_id"][:] == kept["sample_id"][:]
+    assert f"drops {num_rows - len(kept):,}, of which" in printed
+    noise_rate = read_facts(demo_output / "adapter")["screening"]["noise_rate_after_training"]
+    assert f"holds {noise_rate:.0%} of the rows to be bad" in printed
+    assert "<html" in (demo_output / "report.html").read_text()
 
 
 def test_demo_writes_a_figure(demo_output):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..bilevel_sft_config import BilevelSFTConfig
 from ..bilevel_sft_trainer import BilevelSFTTrainer
+from ..report import build_report
 from .problem import DemoArguments, base_model_folder, build_problem, fine_tune
 from .tiny_model import completion_losses, exact_match, load_model
 
@@ -36,7 +37,15 @@ class Comparison(NamedTuple):
     faults: np.ndarray
     """What is planted in each row, shape (N,), of `planted_faults.FAULTS`."""
     curated: Dataset
-    """The rows kept by their weights."""
+    """The rows kept, nobody having said how many."""
+    noise_rate: float
+    """Share of the rows that the run holds to be bad, in [0, 1]."""
+    dropped_good: float
+    """Share of good rows among those dropped, in [0, 1]."""
+    best: dict[str, Any]
+    """The row that ranks first."""
+    worst: dict[str, Any]
+    """The row that ranks last."""
 
 
 STAGES = (
@@ -66,19 +75,23 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
         partial(advance, STAGES[2]),
         train_dataset=problem.faulty,
         validation_dataset=problem.trusted,
+        output_dir=str(output_dir / "adapter"),
     )
-    bilevel.save_model(str(output_dir / "adapter"))
+    bilevel.save_model()
+    (output_dir / "report.html").write_text(build_report(output_dir / "adapter"))
 
     faults = np.array(problem.faulty["fault"])
     good = faults == "none"
     weights = bilevel.data_selector.weights().numpy()
-    curated = bilevel.curate(keep_ratio=good.mean())
+    scored, curated = bilevel.curate(), bilevel.curate(keep_ratio="auto")
     curated.to_parquet(output_dir / "curated" / "train.parquet")
+    rank = np.array(scored["rank"])
+    is_dropped = rank > len(curated)
 
     methods = [
         ("base model", load_model(problem.base_model), None),
         ("SFT", sft.model, -completion_losses(sft.model, problem.tokenizer, problem.faulty)),
-        ("bilevel SFT", bilevel.model, bilevel.data_selector.logits.numpy()),
+        ("bilevel SFT", bilevel.model, -rank),
     ]
     scores: list[MethodScore] = []
     for name, model, row_scores in methods:
@@ -92,7 +105,16 @@ def compare(args: DemoArguments, advance: Callable[[str, float], None]) -> Compa
             )
         )
     advance(STAGES[3], 1)
-    return Comparison(scores, weights, faults, curated)
+    return Comparison(
+        scores,
+        weights,
+        faults,
+        curated,
+        noise_rate=bilevel.estimated_noise_rate,
+        dropped_good=float(good[is_dropped].mean()) if is_dropped.any() else 0.0,
+        best=scored[int(rank.argmin())],
+        worst=scored[int(rank.argmax())],
+    )
 
 
 def precision_among_kept(scores: np.ndarray, good: np.ndarray) -> float:

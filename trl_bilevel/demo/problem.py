@@ -217,13 +217,13 @@ def fine_tune(
         The trainer, trained.
     """
     steps_per_epoch = -(-len(problem.faulty) // batch_size)
-    config = config_class(
+    common = {
         **_common_options(args, "fine_tuning"),
-        learning_rate=3e-3,
-        per_device_train_batch_size=batch_size,
-        max_steps=args.num_train_epochs * steps_per_epoch,
-        **options,
-    )
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": args.num_train_epochs * steps_per_epoch,
+    }
+    config = config_class(**{**common, **options})
     bilevel_only = {"validation_dataset": validation_dataset, "data_selector": data_selector}
     inputs = {"train_dataset": train_dataset} | {k: v for k, v in bilevel_only.items() if v is not None}
     trainer = trainer_class(

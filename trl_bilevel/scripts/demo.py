@@ -69,10 +69,24 @@ def main(args: DemoArguments) -> Comparison:
             "-" if score.kept_good is None else f"{score.kept_good:.1%}",
         )
     console.print(table)
-    console.print("SFT ranks rows by the model's loss after training, bilevel SFT by their learned weights.")
-    console.print(f"Adapter          {output_dir / 'adapter'}")
+    console.print("SFT ranks rows by the model's loss after training. Your numbers may differ a little.")
+    num_dropped = args.num_train_rows - len(comparison.curated)
+    console.print(
+        f"Told nothing but the trusted rows, bilevel SFT holds {comparison.noise_rate:.0%} of the rows to be bad, and "
+        f"drops {num_dropped:,}, of which {comparison.dropped_good:.0%} are good."
+    )
+    for place, row in (("first", comparison.best), ("last", comparison.worst)):
+        text = f"{row['prompt']}{row['completion']}"
+        console.print(
+            f"The row that ranks {place}: {text!r}, weight {row['weight']:.2f}, good with a probability of "
+            f"{row['good_probability']:.2f}",
+            markup=False,
+        )
+    console.print(f"Run and adapter  {output_dir / 'adapter'}")
     console.print(f"Curated dataset  {output_dir / 'curated'} ({len(comparison.curated):,} rows)")
+    console.print(f"Report           {output_dir / 'report.html'}")
     console.print(f"Figure           {figure}")
+    console.print(f"Cut anew with    trl-bilevel curate {output_dir / 'adapter'} --keep_ratio 0.3 --output_dir best")
     console.print(f"Done in {time.monotonic() - started:.0f} s.")
     return comparison
 
