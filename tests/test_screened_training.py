@@ -175,9 +175,7 @@ def test_training_adds_evidence_where_the_control_is_not_seen_well(screened, mon
     assert ("noise_rate_after_training" in trainer._verdict().facts) == learns
     alone = trainer.screening.facts["noise_rate"]["estimate"]
     if learns:
-        probabilities = trainer.data_selector.logits.double().sigmoid()
-        assert trainer.estimated_noise_rate == pytest.approx(1 - probabilities.mean().item(), abs=1e-6)
-        assert trainer.estimated_noise_rate != pytest.approx(alone, abs=1e-3)
+        assert trainer.estimated_noise_rate == pytest.approx(1 - np.mean(trainer.curate()["good_probability"]))
     else:
         assert trainer.estimated_noise_rate == alone
 
@@ -186,7 +184,9 @@ def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monke
     monkeypatch.setattr("trl_bilevel.screening.verdict.run_control", lambda *_: Control(auroc=0.9, power=0.7))
     clean = prompt_completion_rows(70, offset=2000)
     mixture = Dataset.from_list([*clean, *rows.select_columns(clean.column_names).select(range(20, 30))])
-    trainer = screened(train_dataset=mixture, peft_config=LoraConfig(), value_function="adapter")
+    # A step so large that six of them say something
+    learns = {"value_function": "adapter", "selector_learning_rate": 300.0, "max_steps": 20}
+    trainer = screened(train_dataset=mixture, peft_config=LoraConfig(), **learns)
     assert trainer.estimated_noise_rate is None
     trainer.train()
     trainer.save_model()
@@ -194,12 +194,18 @@ def test_learned_probabilities_are_those_on_disk(screened, rows, tmp_path, monke
     probabilities = trainer.data_selector.logits.double().sigmoid().numpy()
     losses = [loss_of(trainer.model, tokenizer, row) for row in mixture]
     assert trainer._final_losses == pytest.approx(losses, rel=1e-3)
-    by_loss = isotonic_regression(-trainer._final_losses, probabilities)
-    assert curated["good_probability"] == pytest.approx(((probabilities + by_loss) / 2).tolist())
-    dropped = (probabilities <= 0.1) & (by_loss <= 0.1)
-    num_dropped = dropped.sum()
-    assert 0 < num_dropped < 80
+    # The share of good rows under which the evidence of training is most likely
+    prior = trainer._run_facts["prior_good_share"]
+    ratios = probabilities / (1 - probabilities) * (1 - prior) / prior
+    shares = np.linspace(1e-4, 1 - 1e-4, 20_001)
+    share = shares[np.argmax(np.log(shares * ratios[:, None] + 1 - shares).sum(axis=0))]
+    posterior = ratios * share / (ratios * share + 1 - share)
+    by_loss = isotonic_regression(-trainer._final_losses, posterior)
+    assert curated["good_probability"] == pytest.approx(by_loss.tolist(), abs=1e-3)
+    assert (np.argsort(curated["rank"]) == np.argsort(trainer._final_losses)).all()
+    num_dropped = (np.array(curated["good_probability"]) <= 0.1).sum()
     kept = trainer.curate("auto")
+    assert 0 < num_dropped < 80
     assert len(kept) == 80 - num_dropped
     assert trainer.estimated_noise_rate == pytest.approx(1 - np.mean(curated["good_probability"]))
     assert sorted(kept["rank"]) == [*range(1, 81 - num_dropped)]
@@ -254,17 +260,17 @@ def test_lambda_follows_the_rows_unless_it_is_given(screened):
     both = {"validation_weight": 0.8, "adaptive_validation_weight": True, "value_function": "adapter"}
     other = screened(train_dataset=rows, peft_config=LoraConfig(), **both)
     other.train()
-    believed = (2 * other.data_selector.logits.double().sigmoid() - 1).clamp(min=0).sum().item()
-    # As far as training has come to the rows
-    assert other.state.epoch == pytest.approx(24 / 90, abs=0.01)
-    assert other.validation_weight == pytest.approx(min(0.8, 60 / (60 + other.state.epoch * believed)), abs=1e-6)
+    neutral = min(0.5, other._run_facts["prior_good_share"])
+    rise = (other.data_selector.logits.double().sigmoid() - neutral).clamp(min=0) / (1 - neutral)
+    assert other.validation_weight == pytest.approx(min(0.8, 60 / (60 + rise.sum().item())), abs=1e-6)
 
 
 def test_with_a_value_function_training_adds_its_own_evidence(screened):
     trainer = screened(peft_config=LoraConfig(), value_function="adapter")
     trainer.train()
-    start = trainer.screening.good_probability.clip(1e-4, 1 - 1e-4)
-    assert not np.allclose(trainer.data_selector.weights().numpy(), start / start.mean(), atol=1e-4)
+    seen = trainer.data_selector.logits.sigmoid().numpy()
+    start = trainer._run_facts["prior_good_share"]
+    assert 0 < np.isclose(seen, start).sum() < 30  # six steps do not come to all of them
 
 
 def test_sources_get_the_mean_of_their_rows(screened):

@@ -8,12 +8,13 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from transformers import Trainer
 from trl import SFTTrainer
 
 from .batch_layout import PaddedLayout, padded
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
-from .dataset_checks import hash_rows
+from .dataset_checks import contents_columns, hash_contents
 from .packing import PackedRows
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refinement import Refiner
@@ -29,7 +30,7 @@ from .response_generation import (
 )
 from .screening.evidence import FEWEST_TRUSTED
 from .screening.screen_run import screen_rows, screen_run
-from .screening.training_evidence import after_training
+from .screening.training_evidence import after_training, careful_prior
 from .screening.verdict import Verdict
 from .selector_setup import resolve_adaptive_validation_weight, selector_of_screen
 from .selector_transfer import logit_probabilities
@@ -75,6 +76,23 @@ def check_arguments(
         )
 
 
+_CREATE_OPTIMIZER = (SFTTrainer.create_optimizer, Trainer.create_optimizer)
+_ROWS_COUNTED = 100
+
+
+def _count_labels(rows: Any) -> tuple[int, int]:
+    """Tokens that the labels of the first rows count, by the rows' numbers, and how many rows those are."""
+    first = list(rows.take(_ROWS_COUNTED))
+    counted = 0
+    for row in first:
+        if "labels" in row:
+            counted += sum(label != -100 for label in row["labels"])
+        else:
+            masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
+            counted += sum(all(bits) for bits in zip(*masks, strict=True)) if masks else len(row.get("input_ids", []))
+    return counted, len(first)
+
+
 class BilevelSetup(SFTTrainer):
     """What [`BilevelSFTTrainer`] builds once TRL has prepared the model."""
 
@@ -88,6 +106,8 @@ class BilevelSetup(SFTTrainer):
     _rows_fingerprint: str
     _run_facts: dict[str, Any]
     _final_losses: np.ndarray | None
+    _prepared: tuple[Any, Any]
+    _known_optimizer: Any
 
     @property
     def is_sharded(self) -> bool:
@@ -190,7 +210,13 @@ class BilevelSetup(SFTTrainer):
         self.screening = verdict
         if args.value_function is None and verdict.suffices:
             self.value_function = None
-        self.data_selector = selector_of_screen(self.data_selector, verdict, learns=self.value_function is not None)
+        if self.value_function is None:
+            self.data_selector = selector_of_screen(self.data_selector, verdict)
+        else:
+            prior = careful_prior(verdict, smallest_share=BilevelSFTConfig.selector_prior)
+            self._run_facts["prior_good_share"] = prior.good_share
+            # A row that is rather good than bad counts as proved
+            self.data_selector.start_with(prior.good_probability, neutral=min(0.5, prior.good_share))
         self._has_adaptive_weight = resolve_adaptive_validation_weight(
             args, self.data_selector, len(self.validation_dataset), is_screened=True
         )
@@ -211,7 +237,7 @@ class BilevelSetup(SFTTrainer):
         good_probability = self._good_probability()
         assert good_probability is not None
         losses = self._final_losses if self._final_losses is not None else np.full_like(good_probability, np.nan)
-        return after_training(self.screening, good_probability, losses)
+        return after_training(self.screening, good_probability, losses, self._run_facts["prior_good_share"])
 
     def _look_again(self) -> None:
         """After the last step: a pass over the rows, where training adds to what a screen said of them."""
@@ -321,11 +347,33 @@ class BilevelSetup(SFTTrainer):
             self._validation_fingerprint(),
         )
 
+    def _contents_columns(self, rows: Dataset) -> list[str]:
+        return contents_columns(rows, self.args, self._formatting_func is not None)
+
     def _validation_fingerprint(self) -> str:
-        names = ("input_ids", "chosen_input_ids", "rejected_input_ids")
-        hashes = [hash_rows(self.validation_dataset, name) for name in names]
-        digest = hashlib.sha256(b"".join(rows.tobytes() for rows in hashes if rows is not None))
-        return digest.hexdigest()[:16]
+        contents = hash_contents(self._trusted_dataset, self._contents_columns(self._trusted_dataset))
+        return hashlib.sha256(contents.tobytes()).hexdigest()[:16]
+
+    def _refuse_what_was_changed(self) -> None:
+        """What a user put into the trainer after it was built, and which would go against what it holds besides."""
+        training, validation = self._prepared
+        if self.train_dataset is not training and self.validation_dataset is validation:
+            before, now = (_count_labels(rows) for rows in (training, self.train_dataset))
+            if before != now:
+                raise ValueError(
+                    "`trainer.train_dataset` was replaced after the trainer was built, and its labels count "
+                    f"{now[0]:,} tokens of its first {now[1]:,} rows, where they counted {before[0]:,}. The trusted "
+                    "rows would still count as before. Do the same to `trainer.validation_dataset`; or leave both as "
+                    "they are, and set `assistant_only_loss=True` or `completion_only_loss=True`, or pass rows with "
+                    "`labels` of your own."
+                )
+        is_given = self.optimizer is not None and self.optimizer is not self._known_optimizer
+        if self.value_function is not None and (is_given or type(self).create_optimizer not in _CREATE_OPTIMIZER):
+            raise ValueError(
+                "The value function needs an optimizer of its own, of the same kind as the model's, and cannot copy "
+                f"{'`trainer.optimizer`, which was set' if is_given else '`create_optimizer`, which was overridden'}. "
+                "Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
+            )
 
     def _generation_context_length(self) -> int | None:
         """Tokens that both the model and what generates with it can read, `None` if there is no limit."""

@@ -25,6 +25,7 @@ from .dataset_checks import (
     check_datasets,
     check_prepared_rows,
     check_training_rows,
+    hash_contents,
     resolve_sample_ids,
     resolve_sources,
 )
@@ -144,9 +145,9 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         self._refuse_unsupported_setup()
         self._warn_about_published_paths()
 
+        self._trusted_dataset = validation_dataset
         self._prepare_validation(validation_dataset)
         self._starts_with_screen = self._resolve_screen(data_selector is not None, len(validation_dataset))
-        self._trusted_dataset = validation_dataset
         self._build_upper_level(data_selector)
         self._training_metrics = TrainingMetrics()
         self._weight_history = WeightHistory()
@@ -160,6 +161,8 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         )
         self._curated_repo_id: str | None = None  # once it was pushed
         self._prepare_refinement(reward_funcs)
+        self._prepared = self.train_dataset, self.validation_dataset
+        self._known_optimizer = self.optimizer
 
     def _know_the_rows(
         self, train_dataset: Dataset | IterableDataset, args: BilevelSFTConfig, data_selector: Any
@@ -183,8 +186,10 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         )
         self._rows_fingerprint = "stream"
         if not self._is_streamed:
+            assert self._sample_ids is not None
+            contents = hash_contents(self._source_dataset, self._contents_columns(self._source_dataset))
             self._rows_fingerprint = check_training_rows(
-                self.train_dataset, self.validation_dataset, args, self._sample_ids, self._sources
+                self.train_dataset, self.validation_dataset, args, self._sample_ids, self._sources, contents
             )
         self._pack()
         self._set_validation_batch_size()
@@ -236,6 +241,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
                 to other rows or options.
         """
         resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        self._refuse_what_was_changed()
         if resume_from_checkpoint and self.args.screen is None:  # as it began, also if it now trains for longer
             self._starts_with_screen = read_facts(resume_from_checkpoint).get("screening") is not None
         if self._starts_with_screen:
@@ -253,6 +259,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._weight_history.stop_clock()
+        self._known_optimizer = self.optimizer
         self._look_again()
         return output
 

@@ -32,7 +32,6 @@ from .random_state import batch_seed, random_state_kept
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
 from .row_gathering import RowGathering
-from .screening.verdict import Verdict
 from .selection_methods import build_selection
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
 from .streamed_selector import SampleId, StreamedSelector
@@ -70,7 +69,6 @@ class BilevelStep(RowGathering):
     args: BilevelSFTConfig
     data_selector: DataSelector
     value_function: ValueFunction | None
-    screening: Verdict | None
     amortized_selector: AmortizedSelector | None
     refiner: Refiner | None
     response_store: ResponseStore
@@ -98,11 +96,7 @@ class BilevelStep(RowGathering):
         """lambda, the weight of the validation loss: of the current epoch, or from the rows that have proved good."""
         largest = self.args.validation_weight
         if self._has_adaptive_weight:
-            # What a screen says is believed as training comes to the rows, if training has a say in it
-            is_tested = self.screening is not None and self.value_function is not None
-            come_to = min(1.0, self.state.epoch or 0.0) if is_tested else 1.0
-            proved_rows = come_to * self.data_selector.proved_rows
-            return adaptive_validation_weight(len(self.validation_dataset), proved_rows, largest)
+            return adaptive_validation_weight(len(self.validation_dataset), self.data_selector.proved_rows, largest)
         return validation_weight_at(self.state.epoch or 0, largest, self.args.validation_weight_decay)
 
     def get_batch_samples(
@@ -169,6 +163,12 @@ class BilevelStep(RowGathering):
             self._training_metrics.note(name, value)
 
     def _start_step(self, batches: list[dict[str, Any]]) -> None:
+        if any(SAMPLE_INDICES not in batch for batch in batches):
+            raise ValueError(
+                "A batch does not say which training rows it has, and has no trusted rows: "
+                f"`{type(self).__name__}.get_train_dataloader` makes one of its own. Call "
+                "`super().get_train_dataloader()` there, or leave the method out."
+            )
         own_rows = [batch.pop(SAMPLE_INDICES) for batch in batches]  # numbers, or ids of a stream's rows
         self._step_row_counts = self._count_rows(sum(map(len, own_rows)))
         self._step_sample_indices = self._number_rows([row for batch in own_rows for row in batch])

@@ -361,20 +361,21 @@ class DataSelector:
         selector._sums.refresh(selector._unit_logits)
         return selector
 
-    def start_with(self, probabilities: np.ndarray) -> None:
+    def start_with(self, probabilities: np.ndarray, neutral: float = 0.5) -> None:
         """
         Give every row the weight of a probability that it is good, found elsewhere.
 
         Args:
             probabilities (`numpy.ndarray`): shape (N,), in [0, 1]; NaN where nothing is known, which counts as one
                 half and is not `scored`. A source gets the mean logit of its rows.
+            neutral (`float`): probability of a row of which nothing is known, in (0, 1).
 
         Raises:
             `ValueError`: for softmax weights, which are no probabilities.
         """
         if self.activation != "sigmoid":
             raise ValueError("Only sigmoid weights can start with probabilities.")
-        self.prior = 0.5
+        self.prior = neutral
         self._sums = WeightSums(self.activation, self._sums.unit_sizes, self.prior)
         self._start(*probability_logits(probabilities))
 

@@ -18,11 +18,13 @@ from .bilevel_sft_config import BilevelSFTConfig
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
 from .parquet_files import read_column, read_pieces
+from .row_format_checks import columns_read
 
 
 logger = get_logger(__name__)
 
 _ROWS_PER_PIECE = 10_000
+_MOST_NAMED = 10
 
 
 def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_formatting_func: bool) -> None:
@@ -276,6 +278,33 @@ def hash_rows(dataset: Dataset, column: str = "input_ids") -> np.ndarray | None:
     return in_order
 
 
+def hash_contents(dataset: Dataset, columns: list[str]) -> np.ndarray:
+    """
+    A hash of what each row says, uint64 of shape (N,), the same in every session, and whatever a template makes of it.
+
+    Args:
+        dataset (`datasets.Dataset`): rows as the user passed them.
+        columns (`list[str]`): those that are read.
+    """
+    hashes = bytearray()
+    for batch in read_pieces(dataset.select_columns(columns)):
+        for row in batch.to_pylist():
+            hashes += hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.frombuffer(bytes(hashes), dtype=np.uint64)
+
+
+def contents_columns(dataset: Dataset, args: BilevelSFTConfig, has_formatting_func: bool) -> list[str]:
+    """The columns of [`hash_contents`]: those that TRL makes text of, and all where a function of the user does."""
+    if has_formatting_func:
+        return dataset.column_names
+    first = dataset.with_format(None)[0]
+    known = {"labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "images", "image"}
+    if args.validation_loss_type == "dpo" and "chosen" in first:
+        return [name for name in dataset.column_names if name in {"prompt", "chosen", "rejected", *known}]
+    read = {*columns_read("train_dataset", first, args.dataset_text_field), *known}
+    return [name for name in dataset.column_names if name in read]
+
+
 def _token_bytes(rows: pa.ListArray) -> Iterator[bytes]:
     rows = rows.cast(pa.large_list(pa.int64()))  # from whatever integer and list type the user's tokens have
     tokens, offsets = rows.flatten().to_numpy(), rows.offsets.to_numpy()
@@ -292,7 +321,7 @@ def fingerprint_rows(
     Args:
         ids (`pyarrow.ChunkedArray`): ids of all rows, in their order.
         sample_indices (`numpy.ndarray`): positions of the prepared rows among them, in any order, shape (M,).
-        row_hashes (`numpy.ndarray`, *optional*): what [`hash_rows`] made of the prepared rows, shape (M,).
+        row_hashes (`numpy.ndarray`, *optional*): what [`hash_contents`] made of these, shape (M,).
         sources ([`Sources`], *optional*): of all rows.
     """
     digest = hashlib.sha256()
@@ -314,6 +343,7 @@ def check_training_rows(
     args: BilevelSFTConfig,
     sample_ids: pa.ChunkedArray,
     sources: Sources | None,
+    contents: np.ndarray,
 ) -> str:
     """
     Report the training rows that were dropped, or that are also validation rows.
@@ -324,6 +354,7 @@ def check_training_rows(
         args ([`BilevelSFTConfig`]): options.
         sample_ids (`pyarrow.ChunkedArray`): of all training rows, as they were before preparation.
         sources ([`Sources`], *optional*): of the same.
+        contents (`numpy.ndarray`): what [`hash_contents`] made of them, shape (N,).
 
     Returns:
         `str`: what [`fingerprint_rows`] makes of them.
@@ -331,18 +362,23 @@ def check_training_rows(
     check_prepared_rows("train_dataset", len(sample_ids), len(training), args.max_length)
     row_hashes = hash_rows(training)
     validation_tokens = "chosen_input_ids" if args.validation_loss_type == "dpo" else "input_ids"
-    warn_about_shared_rows(row_hashes, hash_rows(validation, validation_tokens))
-    return fingerprint_rows(sample_ids, read_sample_indices(training), row_hashes, sources)
+    numbers = read_sample_indices(training)
+    warn_about_shared_rows(row_hashes, hash_rows(validation, validation_tokens), sample_ids.take(pa.array(numbers)))
+    return fingerprint_rows(sample_ids, numbers, contents[numbers], sources)
 
 
-def warn_about_shared_rows(training: np.ndarray | None, validation: np.ndarray | None) -> None:
-    """Warn how many training rows are, token for token, also validation rows; takes what [`hash_rows`] returns."""
+def warn_about_shared_rows(
+    training: np.ndarray | None, validation: np.ndarray | None, sample_ids: pa.ChunkedArray
+) -> None:
+    """Warn which training rows are, token for token, also validation rows; takes what [`hash_rows`] returns."""
     if training is None or validation is None:
         return
-    shared = np.isin(training, validation).sum()
-    if shared:
+    shared = np.flatnonzero(np.isin(training, validation))
+    if len(shared):
+        names = ", ".join(map(repr, sample_ids.take(pa.array(shared[:_MOST_NAMED])).to_pylist()))
         warnings.warn(
-            f"{shared} training rows are also in `validation_dataset`, token for token. Their weights say little, as "
-            "the validation loss already trains on them. Remove them from one of the two.",
+            f"{len(shared)} training rows are also in `validation_dataset`, token for token: sample ids {names}"
+            f"{', ...' if len(shared) > _MOST_NAMED else ''}. Their weights say little, as the validation loss trains "
+            "on them already. Remove them from one of the two.",
             stacklevel=3,
         )

@@ -1,15 +1,12 @@
 """Training and validation rows in one batch, by the dataloaders of Trainer."""
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from trl import SFTTrainer
-from trl.trainer.utils import use_adapter
 
 from .batch_layout import PaddedLayout, padded
 from .dataset_checks import check_batch_sizes
@@ -86,14 +83,13 @@ class PairedLoading(SFTTrainer):
         )
 
     def _add_reference_likelihoods(self) -> None:
-        """DPO's reference: the adapter switched off, or without one the model before its first step."""
+        """DPO's reference: the model before its first step, with whatever its adapter has learned before."""
         if next(self.model.parameters()).device != self.args.device:
             # With `bf16_full_eval` Trainer moves the model when training starts
             self._move_model_to_device(self.model, self.args.device)
-        reference = use_adapter(self.model, None) if is_peft_model(self.model) else nullcontext()
         was_training = self.model.training
         self.model.eval()
-        with reference, self.accelerator.autocast():  # the model itself is not prepared yet
+        with self.accelerator.autocast():  # the model itself is not prepared yet
             self.validation_dataset = add_reference_likelihoods(
                 self.validation_dataset,
                 padded(self.data_collator),

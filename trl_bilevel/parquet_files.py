@@ -4,12 +4,14 @@ Rows to Parquet, a piece at a time.
 `to_parquet` of `datasets` holds all rows of a stream, and gathers rows that were selected one by one.
 """
 
+import glob
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +67,11 @@ def write_parquet(rows: Dataset | IterableDataset, path: str | os.PathLike) -> i
 
     write_whole(path, write)
     return num_rows
+
+
+def open_parquet(paths: Sequence[str | os.PathLike], **options: Any) -> Dataset:
+    """Rows of Parquet files, in their order. `datasets` takes a name with `[`, `*` or `?` in it for a pattern."""
+    return Dataset.from_parquet([glob.escape(str(path)) for path in paths], **options)
 
 
 def read_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -137,4 +144,4 @@ def as_rows(curated: Dataset | IterableDataset) -> Iterator[Dataset]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "rows.parquet"
         write_parquet(curated, path)
-        yield Dataset.from_parquet(str(path), split=curated.split, cache_dir=folder)
+        yield open_parquet([path], split=curated.split, cache_dir=folder)

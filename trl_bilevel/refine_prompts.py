@@ -10,7 +10,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
-from .assistant_turns import ANSWERING_ROLES
+from .assistant_turns import ANSWERING_ROLES, tokens_before_answer
 from .plain_text import has_control_tokens, tokenize_as_text
 from .response_checks import RewardFunc, sum_rewards
 
@@ -148,12 +148,21 @@ class QuestionReader:
             "tools": json.loads(tools) if isinstance(tools, str) else tools,
             **(columns.get("chat_template_kwargs") or {}),
         }
-        prompt_ids = self._tokens(prompt, **options)
+        prompt_ids = self._ask(prompt, answer, options)
         generation_ids = prompt_ids
         if self.template is not None:
             asked = self.template.render(prompt=prompt[-1].get("content"), completion=answer["content"])
-            generation_ids = self._tokens([*prompt[:-1], {**prompt[-1], "content": asked}], **options)
+            generation_ids = self._ask([*prompt[:-1], {**prompt[-1], "content": asked}], answer, options)
+        if prompt_ids is None or generation_ids is None:  # the template does not show such an answer
+            return None
         return Question(row, prompt_ids, generation_ids, prompt, answer["content"], columns)
+
+    def _ask(self, prompt: list[dict[str, Any]], answer: dict[str, Any], options: dict[str, Any]) -> list[int] | None:
+        """The prompt under the header that the row's answer is trained with, which may be of another role."""
+        if answer["role"] == "assistant":
+            return self._tokens(prompt, **options)
+        options = {name: value for name, value in options.items() if name != "add_generation_prompt"}
+        return tokens_before_answer([*prompt, answer], self.tokenizer, options)
 
     def _tokenized_question(self, row: int, columns: dict[str, Any]) -> Question | None:
         tokens = list(columns["input_ids"])

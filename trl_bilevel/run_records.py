@@ -125,7 +125,8 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | str | None = None
     verdict = read_verdict(rows_folder.parent, fingerprint) if facts.get("screening") else None
     if verdict is not None and "noise_rate_after_training" in facts["screening"]:
         assert good_probability is not None
-        verdict = after_training(verdict, good_probability, scores.column("loss").to_numpy().astype(float))
+        losses = scores.column("loss").to_numpy().astype(float)
+        verdict = after_training(verdict, good_probability, losses, facts["prior_good_share"])
     responses = directory / RESPONSES_FILE_NAME
     with damage_explained(responses, "Give another checkpoint."):
         refined = read_arrived(responses) if responses.is_file() else None

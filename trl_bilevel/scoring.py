@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import (
     Dataset,
@@ -26,20 +27,24 @@ from peft import get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
+from .assistant_turns import prepare_answers
 from .batch_layout import PaddedLayout, padded
 from .labelled_positions import fused_forward
 from .losses import row_losses
-from .paired_batches import add_sample_indices, read_sample_indices
-from .parquet_files import pieces_of_stream
+from .paired_batches import read_sample_indices
+from .parquet_files import open_parquet, pieces_of_stream
 from .row_format_checks import columns_read, refuse_gaps
 from .run_settings import row_options
 from .value_function import ValueFunction
 from .whole_files import damage_explained, write_whole
 
 
+logger = get_logger(__name__)
+
 SCORE_COLUMNS = ("score", "loss", "value_loss", "selector_score")
 _MANIFEST_NAME = "scoring.json"
 _DIGEST = b"rows_digest"
+_MOST_NAMED = 10  # rows without a score
 
 
 class Scorer(Protocol):
@@ -87,7 +92,11 @@ class RowScorer:
     def fingerprint(self) -> str:
         """Of what decides the scores: the trained parameters, the value function, the head, and how rows are cut."""
         model = self.trainer.model
-        adapter = get_peft_model_state_dict(model) if is_peft_model(model) else model.state_dict()
+        adapter = (
+            get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+            if is_peft_model(model)
+            else model.state_dict()
+        )
         states = [adapter, self.value_function, self.amortized_selector]
         digest = hashlib.sha256(json.dumps(row_options(self.trainer.args), sort_keys=True).encode())
         for state in states:
@@ -104,14 +113,11 @@ class RowScorer:
         The columns of `SCORE_COLUMNS` that apply, float64 of shape (N,).
 
         `score`, higher is better, is the loss under the value function minus the loss, and without one the negative
-        loss; both in nats per completion token. NaN for a row without completion tokens after truncation.
+        loss; both in nats per token of the answers, also of a conversation, whatever training counts. NaN for a row
+        without an answer after truncation.
         """
         trainer = self.trainer
-        indexed = add_sample_indices(rows)
-        if not trainer._skip_prepare_dataset:
-            indexed = trainer._prepare_dataset(
-                indexed, trainer.processing_class, trainer.args, False, trainer._formatting_func, "scored"
-            )
+        indexed = prepare_answers(trainer, rows, "scored")
         if "input_ids" not in indexed.column_names:
             raise ValueError("Only rows that are tokenized before the data collator can be scored.")
         positions = read_sample_indices(indexed)
@@ -187,7 +193,7 @@ def score_dataset(
         `ValueError`: as [`score_to_files`], and for a stream without `output_dir`.
     """
     if output_dir is not None:
-        return Dataset.from_parquet([str(path) for path in score_to_files(scorer, dataset, output_dir, chunk_size)])
+        return open_parquet(score_to_files(scorer, dataset, output_dir, chunk_size))
     if not isinstance(dataset, Dataset):
         raise ValueError("Streamed rows are written as they are scored: give `output_dir`.")
     _check_dataset(scorer, dataset, chunk_size)
@@ -261,15 +267,25 @@ def _score_chunks(
     is_scored: Callable[[_Chunk], bool],
 ) -> Iterator[tuple[_Chunk, pa.Table]]:
     total = len(dataset) if isinstance(dataset, Dataset) else None
+    num_missing, first_missing = 0, list[int]()
     with row_progress(scorer.trainer, total, "Scoring") as progress:
         for chunk in _chunks(dataset, chunk_size):
             if not is_scored(chunk):
                 rows = _in_memory(chunk.rows)
-                table = rows.data.table
-                for name, values in scorer.score(rows).items():
+                table, scores = rows.data.table, scorer.score(rows)
+                for name, values in scores.items():
                     table = table.append_column(name, pa.array(values))
+                missing = np.flatnonzero(np.isnan(scores["loss"])) + chunk.number * chunk_size
+                num_missing += len(missing)
+                first_missing += missing[: _MOST_NAMED - len(first_missing)].tolist()
                 yield chunk, table
             progress.update(len(chunk.rows))
+    if num_missing:
+        others = ", ..." if num_missing > len(first_missing) else ""
+        logger.warning(
+            f"{num_missing} rows have no answer, or none within `max_length`, and no score. Counted from 0 they are "
+            f"{', '.join(map(str, first_missing))}{others}."
+        )
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import pyarrow as pa
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
 from .dataset_checks import Sources
-from .screening.training_evidence import prior_probabilities
 from .screening.verdict import Verdict
 from .selector_updates import SelectorActivation
 from .streamed_selector import StreamedSelector
@@ -72,22 +71,20 @@ def build_selector(
     )
 
 
-def selector_of_screen(selector: DataSelector, verdict: Verdict, learns: bool) -> DataSelector:
+def selector_of_screen(selector: DataSelector, verdict: Verdict) -> DataSelector:
     """
-    The selector of a run that starts from a screen.
+    The selector of a run whose weights come from a screen, and stay.
 
     Args:
         selector ([`DataSelector`]): that of the run without one, which need not have sigmoid weights.
         verdict ([`~trl_bilevel.screening.verdict.Verdict`]): of the screen.
-        learns (`bool`): whether the weights move from there.
     """
     if selector.activation != "sigmoid":
         selector = DataSelector(
             selector.num_rows, activation="sigmoid", sources=selector.sources, sample_ids=selector.sample_ids
         )
-    selector.start_with(prior_probabilities(verdict) if learns else verdict.good_probability)
-    if not learns:
-        selector.learning_rate = 0.0
+    selector.start_with(verdict.good_probability)
+    selector.learning_rate = 0.0
     return selector
 
 

@@ -12,10 +12,10 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from peft import get_peft_model_state_dict
 
-from ..assistant_turns import is_conversation_without_prompt, mark_assistant_turns
+from ..assistant_turns import prepare_answers
 from ..batch_layout import padded
 from ..labelled_positions import score_labels
-from ..paired_batches import add_sample_indices, read_sample_indices
+from ..paired_batches import read_sample_indices
 from ..refine_prompts import stop_token_ids
 from ..run_settings import row_options
 from .answer_statistics import STATISTICS, AnswerStatistics, answer_statistics
@@ -42,7 +42,7 @@ class RowScreener:
     def fingerprint(self) -> str:
         """Of what decides the statistics: the model's parameters, its template, and how rows are cut."""
         model = self.trainer.model
-        states = get_peft_model_state_dict(model) if is_peft_model(model) else {}
+        states = get_peft_model_state_dict(model, adapter_name=model.active_adapter) if is_peft_model(model) else {}
         # All parameters of a large model take long to read: of each one the sum speaks for it
         sums = {name: float(value.detach().float().sum()) for name, value in {**model.state_dict(), **states}.items()}
         facts = [sums, row_options(self.trainer.args), self.trainer.chat_template, STATISTICS]
@@ -97,14 +97,7 @@ class RowScreener:
         return AnswerStatistics(**columns, answer_hash=hashes)
 
     def _prepare(self, rows: Dataset) -> Dataset:
-        trainer = self.trainer
-        indexed = add_sample_indices(rows)
-        formatting_func = trainer._formatting_func
-        if formatting_func is None and is_conversation_without_prompt(rows[0]):
-            indexed = mark_assistant_turns(indexed, trainer.processing_class, trainer.chat_template)
-        return trainer._prepare_dataset(
-            indexed, trainer.processing_class, trainer.args, False, formatting_func, "screened"
-        )
+        return prepare_answers(self.trainer, rows, "screened")
 
     def _statistics_of_batch(self, rows: Dataset, end_ids: set[int]) -> AnswerStatistics:
         trainer = self.trainer

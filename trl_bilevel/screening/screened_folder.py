@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from ..parquet_files import column
+from ..parquet_files import column, open_parquet
 from .answer_statistics import STATISTICS
 from .verdict import VERDICT_COLUMNS
 
@@ -28,7 +28,7 @@ def read_screened(directory: str | os.PathLike) -> Dataset:
     Their weight is the probability that they are good, scaled to mean 1; that of rows without an answer is 1, and
     they are not `scored`.
     """
-    rows = Dataset.from_parquet(str(Path(directory) / SCREENED_FILE_NAME))
+    rows = open_parquet([Path(directory) / SCREENED_FILE_NAME])
     good = column(rows, "good_probability").astype(np.float64)
     known = ~np.isnan(good)
     mean = good[known].mean() if known.any() else 1.0

@@ -1,36 +1,96 @@
 """
-What training adds to a screen: its probabilities are the prior, and those that training ends with the posterior.
+What training adds to a screen whose model misses some of the faults: where its weights start, and what they end with.
 
 Arrays in, arrays out; how the evidence is gathered is `value_function.py`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from scipy.optimize import brentq
 from sklearn.isotonic import IsotonicRegression
 
-from .calibration import PROMISE, noise_rate_given_power
+from .calibration import LARGEST_BAD, PROMISE, noise_rate_given_power
 from .verdict import Verdict
 
 
-def prior_probabilities(verdict: Verdict) -> np.ndarray:
+_ENDS = (1e-6, 1 - 1e-6)
+
+
+class Prior(NamedTuple):
+    """What training starts from."""
+
+    good_probability: np.ndarray
+    """Of each row, shape (N,), in (0, 1); NaN without an answer."""
+    good_share: float
+    """pi_0, share of good rows."""
+
+
+def careful_prior(verdict: Verdict, smallest_share: float) -> Prior:
+    """
+    Probabilities that rows are good, for training to start from.
+
+    Where the screen does not suffice it says how many rows are bad, and training which: to such a model hard rows look
+    bad too, and a row that starts as a bad one is not learned. The share is a careful one, as what is believed too
+    early is learned, and then believed more. The noise rate is the upper end of its interval, corrected by how much of
+    the faults the model sees, and those are taken to be half as visible as those of the positive control. (Ours.)
+
+    Args:
+        verdict ([`Verdict`]): of the screen.
+        smallest_share (`float`): of good rows, in (0, 1).
+    """
+    rate, power = verdict.facts["noise_rate"], verdict.facts["control_power"]
+    if verdict.suffices:
+        return Prior(verdict.good_probability, max(smallest_share, 1 - rate["estimate"]))
+    visible = LARGEST_BAD + max(0.0, power - LARGEST_BAD) / 2
+    share = max(smallest_share, 1 - noise_rate_given_power(rate["high"], visible))
+    return Prior(np.where(np.isnan(verdict.score), np.nan, share), share)
+
+
+def good_share(probabilities: np.ndarray, prior: float) -> float:
     r"""
-    Probabilities that rows are good, for training to start from, where the model misses some of the faults.
+    The share of good rows that explains the evidence best, to which EM comes (Saerens, Latinne, Decaestecker, 2002).
 
-    A screen calls few rows bad if it sees few faults, and what is believed at the start is learned. So the share of
-    good rows pi_0, and with it each probability, is a careful one: the noise rate is the upper end of its interval,
-    corrected by how many of the faults of the positive control the model misses.
+        max over pi of  sum_i log( pi r_i + 1 - pi ),    r_i = odds P(good_i) / odds pi_0
 
-        P(good | p) = pi_0' f_0(p) / f(p),    1 - pi_0' from [`~.calibration.noise_rate_given_power`]
+    The sum is concave, so that the root of its slope is the maximum, or an end where there is none.
 
-    (Ours; the faults of the rows need not be as easy to see as those of the control.)
+    Args:
+        probabilities (`np.ndarray`): P(good_i), found with the prior, shape (N,), in [0, 1], N at least 1.
+        prior (`float`): pi_0, in (0, 1).
 
     Returns:
-        `np.ndarray`: shape (N,), in [0, 1], at most `verdict.good_probability`; NaN without an answer.
+        `float`: in (0, 1); the prior if there is no evidence.
     """
-    rate = verdict.facts["noise_rate"]
-    if rate["estimate"] >= 1:
-        return verdict.good_probability
-    corrected = noise_rate_given_power(rate["high"], verdict.facts["control_power"])
-    return verdict.good_probability * (1 - corrected) / (1 - rate["estimate"])
+    good, bad = probabilities / prior, (1 - probabilities) / (1 - prior)
+
+    def slope(share: float) -> float:
+        return float(((good - bad) / (share * good + (1 - share) * bad)).sum())
+
+    smallest, largest = _ENDS
+    if np.allclose(good, bad):
+        return prior
+    if slope(smallest) <= 0:
+        return smallest
+    if slope(largest) >= 0:
+        return largest
+    return float(brentq(slope, smallest, largest))
+
+
+def with_prior(probabilities: np.ndarray, prior: float, other: float) -> np.ndarray:
+    """
+    Probabilities, shape (N,), that were found with one share of good rows, with another one.
+
+    Example:
+
+    ```python
+    >>> with_prior(np.array([0.2, 0.5]), prior=0.2, other=0.5)
+    array([0.5, 0.8])
+
+    ```
+    """
+    good, bad = probabilities * other / prior, (1 - probabilities) * (1 - other) / (1 - prior)
+    return good / (good + bad)
 
 
 def loss_probabilities(losses: np.ndarray, good_probability: np.ndarray) -> np.ndarray:
@@ -57,29 +117,31 @@ def loss_probabilities(losses: np.ndarray, good_probability: np.ndarray) -> np.n
     known = np.flatnonzero(~np.isnan(losses) & ~np.isnan(good_probability))
     found = good_probability.copy()
     if len(known) > 0:
-        found[known] = IsotonicRegression(increasing=False).fit_transform(losses[known], good_probability[known])
+        fit = IsotonicRegression(y_min=0, y_max=1, increasing=False)
+        found[known] = fit.fit_transform(losses[known], good_probability[known])
     return found
 
 
-def after_training(verdict: Verdict, good_probability: np.ndarray, losses: np.ndarray) -> Verdict:
+def after_training(verdict: Verdict, good_probability: np.ndarray, losses: np.ndarray, prior: float) -> Verdict:
     """
-    A verdict whose probabilities are those that training ends with.
+    A verdict by what training has found.
 
-    They are the means of two: what the weights have come to, and what the trained model's loss says by
-    [`loss_probabilities`]. The first is the better one where most rows are bad, the second where most are good. A row
-    is dropped if both hold it to be good with a probability of at most a tenth. (Ours.) The p-values, the reasons and
-    the interval of the noise rate stay the screen's.
+    What the weights have come to gives the share of good rows, by [`good_share`], and with it a probability for each
+    row. The loss under the trained model ranks the rows: it is better than the weights at that where most rows are
+    good, and as good where most are bad. A row's probability is that of its loss, by [`loss_probabilities`]; a row of
+    at most a tenth is dropped. (Ours.) The p-values, the reasons and the interval of the noise rate stay the screen's.
 
     Args:
         verdict ([`Verdict`]): of the screen.
-        good_probability (`np.ndarray`): by the weights, shape (N,), in [0, 1].
+        good_probability (`np.ndarray`): sigma of the rows' logits, shape (N,), in [0, 1].
         losses (`np.ndarray`): of the rows under the trained model, shape (N,), nats per token; NaN where not known.
+        prior (`float`): share of good rows that the logits started from, in (0, 1).
     """
     has_answer = ~np.isnan(verdict.score)
-    learned = np.where(has_answer, good_probability, np.nan)
-    by_loss = loss_probabilities(losses, learned)
-    good = (learned + by_loss) / 2
-    dropped = np.maximum(learned, by_loss) <= PROMISE
+    share = good_share(good_probability[has_answer], prior)
+    good = np.where(has_answer, with_prior(good_probability, prior, share), np.nan)
+    good = loss_probabilities(losses, good)
+    dropped = good <= PROMISE
     facts = {
         **verdict.facts,
         "noise_rate_after_training": float(1 - good[has_answer].mean()),
@@ -87,7 +149,8 @@ def after_training(verdict: Verdict, good_probability: np.ndarray, losses: np.nd
         "num_left_out": int((dropped | ~has_answer).sum()),
         "is_informative": bool(verdict.facts["is_informative"] or dropped.any()),
     }
-    return verdict._replace(good_probability=good, dropped=dropped, facts=facts)
+    score = np.where(has_answer & ~np.isnan(losses), losses, verdict.score)
+    return verdict._replace(score=score, good_probability=good, dropped=dropped, facts=facts)
 
 
 def noise_rate_of(verdict: Verdict) -> float:

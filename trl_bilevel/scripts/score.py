@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
 
+from trl_bilevel.checkpoint_files import is_checkpoint
 from trl_bilevel.command_line import make_command_parser
 
 
@@ -89,6 +90,9 @@ class BaseModelArguments:
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the constants of 4 bits too."})
 
 
+_ADAPTER_FILE_NAME = "adapter_config.json"
+
+
 def main(args: ScoreArguments, model_args: BaseModelArguments) -> None:
     from datasets import Dataset
     from pyarrow import parquet
@@ -149,7 +153,8 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, settings: "RunSett
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"trust_remote_code": model_args.trust_remote_code, "device_map": None}  # the trainer moves it
     tokenizer = AutoTokenizer.from_pretrained(run_dir, trust_remote_code=model_args.trust_remote_code)
-    if not (Path(run_dir) / "adapter_config.json").is_file():
+    adapter_dir, adapter_name = _find_adapter(Path(run_dir))
+    if adapter_dir is None:
         for name in ("model_name_or_path", "model_revision"):
             if getattr(model_args, name) is not None:
                 raise ValueError(
@@ -157,7 +162,7 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, settings: "RunSett
                     "adapter. Leave it out."
                 )
         return create_model_from_path(run_dir, **options), tokenizer  # of the class that the run had
-    adapter = PeftConfig.from_pretrained(run_dir)
+    adapter = PeftConfig.from_pretrained(str(adapter_dir))
     name = model_args.model_name_or_path or read_base_model(run_dir, adapter.base_model_name_or_path)
     if model_args.model_revision is not None:
         options["revision"] = model_args.model_revision
@@ -173,7 +178,20 @@ def _load_model(run_dir: str, model_args: BaseModelArguments, settings: "RunSett
     known = getattr(base.config.get_text_config(), "vocab_size", None)  # a model may have more embeddings than that
     if settings.vocab_size is not None and settings.vocab_size != known:
         base.resize_token_embeddings(settings.vocab_size)  # as the run had it
-    return PeftModel.from_pretrained(base, run_dir), tokenizer
+    return PeftModel.from_pretrained(base, str(adapter_dir), adapter_name=adapter_name), tokenizer
+
+
+def _find_adapter(run_dir: Path) -> tuple[Path | None, str]:
+    """Where a run's adapter is, and its name: PEFT writes one with a name of its own into a folder of that name."""
+    if (run_dir / _ADAPTER_FILE_NAME).is_file():
+        return run_dir, "default"
+    named = sorted(path.parent for path in run_dir.glob(f"*/{_ADAPTER_FILE_NAME}") if not is_checkpoint(path.parent))
+    if len(named) > 1:
+        raise ValueError(
+            f"{run_dir} holds the adapters {[path.name for path in named]}. Rows are scored with one: load the model "
+            "in a script, with that adapter, and call `trainer.score(...)`."
+        )
+    return (named[0], named[0].name) if named else (None, "default")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
