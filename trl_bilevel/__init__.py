@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .screening.screen import Screening, screen_dataset
     from .self_refining_callback import SelfRefiningCallback
     from .self_refining_collator import SelfRefiningCollator
+    from .weighted_sft_config import WeightedSFTConfig
+    from .weighted_sft_trainer import WeightedSFTTrainer
 
 
 __version__ = "0.1.0.dev0"
@@ -26,6 +28,8 @@ __all__ = [
     "Screening",
     "SelfRefiningCallback",
     "SelfRefiningCollator",
+    "WeightedSFTConfig",
+    "WeightedSFTTrainer",
     "__version__",
     "load_curated_dataset",
     "screen_dataset",
@@ -42,6 +46,8 @@ _MODULES = {
     "screen_dataset": "screening.screen",
     "SelfRefiningCallback": "self_refining_callback",
     "SelfRefiningCollator": "self_refining_collator",
+    "WeightedSFTConfig": "weighted_sft_config",
+    "WeightedSFTTrainer": "weighted_sft_trainer",
 }
 
 
