@@ -12,12 +12,16 @@ import pytest
 import torch
 import weighted_worker
 from conftest import QUIET_CPU_RUN, left_padding_collator, prompt_completion_rows
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from peft import PromptTuningConfig
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import WeightedSFTConfig, WeightedSFTTrainer
+from trl_bilevel.cli import main
+from trl_bilevel.command_line import one_line_errors
+from trl_bilevel.scripts import sft
 from trl_bilevel.weight_column import read_counted_rows
 
 
@@ -435,3 +439,82 @@ def test_two_processes_equal_one(processes, number):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5, abs=1e-6)
     for name, value in one["parameters"].items():
         torch.testing.assert_close(two["parameters"][name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def options(build_model, tokenizer, tmp_path):
+    """Of the command line, for a run of three steps."""
+    build_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = weighted_rows()
+    # As a curated dataset has it, with columns that training does not read
+    rows = rows.add_column("sample_id", list(range(12))).add_column("scored", [True] * 12)
+    rows.to_json(tmp_path / "curated.jsonl")
+    return [
+        "--model_name_or_path", str(tmp_path / "model"),
+        "--dataset_name", str(tmp_path / "curated.jsonl"),
+        "--output_dir", str(tmp_path / "out"),
+        "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "0.5", "--optim", "sgd",
+        "--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--seed", "7",
+        "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["--normalize_weights", "false", "--loss_type", "dft"]], ids=["default", "dft"])
+def test_command_line_trains_with_it(options, train, tmp_path, monkeypatch, more):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert main(["sft", *options, "--weight_column", "weight", *more]) == 0
+    sft.run(launched[0].training_script_args)
+    rows = load_dataset("json", data_files=str(tmp_path / "curated.jsonl"), split="train")
+    expected = train(
+        WeightedSFTTrainer,
+        rows,
+        max_steps=3,
+        normalize_weights=not more,
+        loss_type="dft" if more else "nll",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    trained = dict(model.named_parameters())
+    for name, value in parameters(expected).items():
+        torch.testing.assert_close(trained[name].detach(), value, rtol=1e-5, atol=1e-6)
+    assert not (tmp_path / "out" / "curated").exists()
+
+
+def test_command_line_reads_a_file_of_options(options, tmp_path):
+    """And a stream, whose weights are not normalized."""
+    (tmp_path / "run.yaml").write_text("weight_column: weight\nnormalize_weights: false\ndataset_streaming: true\n")
+    sft.run([*options, "--config", str(tmp_path / "run.yaml")])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--validation_dataset_name", "trusted.jsonl"], "`--weight_column weight` has no effect with `--validation_"),
+        (["--resume_from_checkpoint", "last_intact"], "No valid checkpoint found"),
+    ],
+)
+def test_command_line_refuses(options, capsys, more, message):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        sft.run([*options, "--weight_column", "weight", *more])
+    assert stop.value.code.startswith("error: ")
+    assert message in stop.value.code
+
+
+def test_command_line_refuses_options_of_the_bilevel_trainer(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", *options, "--weight_column", "weight", "--validation_weight", "0.5"])
+    assert stop.value.code == 2
+    assert "--validation_weight" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["sft", *options, "--weight_column", "weight", "--validation_dataset_name", "trusted.jsonl"])
+    assert "`--weight_column weight` has no effect" in stop.value.code
+
+
+def test_command_line_shows_its_options(capsys):
+    for options, shown in ((["--weight_column", "weight"], "--normalize_weights"), ([], "--weight_column")):
+        with pytest.raises(SystemExit) as stop:
+            main(["sft", *options, "--help"])
+        assert stop.value.code == 0
+        assert shown in capsys.readouterr().out

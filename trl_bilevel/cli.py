@@ -50,9 +50,10 @@ def _run_sft(options: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from .scripts import sft
+    from .scripts import sft, weighted_sft
 
-    *_, from_config, from_options = parse_known_options(sft.make_parser(prog="trl-bilevel sft"), options)
+    make_parser = weighted_sft.make_parser if sft.is_weighted(options) else sft.make_parser
+    *_, from_config, from_options = parse_known_options(make_parser(prog="trl-bilevel sft"), options)
     launch_parser = launch_command_parser()
     flags = {name for action in launch_parser._actions if action.nargs == 0 for name in action.option_strings}
     launch_options = resolve_accelerate_config_argument(_with_bare_flags(from_config, flags) + from_options)
@@ -201,6 +202,8 @@ _EPILOG = """examples:
   trl-bilevel sft --model_name_or_path Qwen/Qwen3-0.6B --use_peft --learning_rate 2e-4 \\
       --dataset_name mixture.jsonl --validation_dataset_name trusted.jsonl --output_dir out
   trl-bilevel curate out --keep_ratio 0.7 --output_dir curated
+  trl-bilevel sft --model_name_or_path Qwen/Qwen3-8B --use_peft --learning_rate 2e-4 \\
+      --dataset_name curated --weight_column weight --output_dir better
 
 `trl-bilevel COMMAND --help` lists the options of a command. Errors are one line; with TRL_BILEVEL_TRACEBACK=1 in the
 environment, also where they came from.

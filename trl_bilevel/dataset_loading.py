@@ -5,10 +5,13 @@ import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ScriptArguments
 
 
 _BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -47,6 +50,51 @@ def load_split(name: str, config: str | None, split: str, streaming: bool = Fals
     with _unreadable_explained(name):
         next(iter(loaded))  # before a model is loaded
     return loaded
+
+
+def load_training_datasets(
+    script_args: ScriptArguments, training_args: TrainingArguments, dataset_args: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """
+    What a script trains on and evaluates on, the latter `None` without evaluation.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]): a dataset and its splits.
+        training_args (`transformers.TrainingArguments`): whether to evaluate.
+        dataset_args ([`~trl.DatasetMixtureConfig`]): a mixture of several in its place.
+
+    Raises:
+        `ValueError`: for both, neither, or a split that does not exist.
+    """
+    from trl import get_dataset
+
+    eval_dataset = None
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        train_dataset = _split_of(mixture, script_args.dataset_train_split)
+        if training_args.eval_strategy != "no":
+            eval_dataset = _split_of(mixture, script_args.dataset_test_split)
+    elif script_args.dataset_name:
+        name, config = script_args.dataset_name, script_args.dataset_config
+        train_dataset = load_split(
+            name, config, script_args.dataset_train_split, streaming=script_args.dataset_streaming
+        )
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_split(name, config, script_args.dataset_test_split)
+    else:
+        raise ValueError("Either `datasets` or `--dataset_name` must be given.")
+    return train_dataset, eval_dataset
+
+
+def _split_of(mixture: Any, split: str) -> Any:
+    if split not in mixture:
+        raise ValueError(
+            f"The mixture of `datasets` has no split {split!r}, only {sorted(mixture)}. `test_split_size` sets rows "
+            "apart for the evaluation."
+        )
+    return mixture[split]
 
 
 @contextmanager

@@ -15,8 +15,13 @@ trl-bilevel sft \
 All options of `trl sft` work, a YAML file with `--config`, and those of `accelerate launch`. Datasets are names on the
 Hub, local folders or files. `--dataset_streaming` reads the training rows as a stream; it needs `--max_steps` and
 `--sample_id_column`.
+
+Without a trusted dataset, `--weight_column weight` trains on a curated one: plain SFT whose rows count by that column.
+`trl-bilevel sft --weight_column weight --help` lists its options.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +30,12 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.checkpoint_files import read_resume_option
-from trl_bilevel.command_line import make_command_parser, one_line_errors, print_in_any_locale
+from trl_bilevel.command_line import make_command_parser, one_line_errors, parse_known_options, print_in_any_locale
 from trl_bilevel.curation import parse_keep_ratio
-from trl_bilevel.dataset_loading import load_split
+from trl_bilevel.dataset_loading import load_split, load_training_datasets
 from trl_bilevel.parquet_files import write_parquet
 from trl_bilevel.report_rows import plain_text
+from trl_bilevel.scripts import weighted_sft
 from trl_bilevel.selector_files import SELECTOR_TABLE_NAME
 
 
@@ -49,6 +55,8 @@ class BilevelScriptArguments(ScriptArguments):
             share in (0, 1].
         data_selector (`str`, *optional*): weights of another run to start from, joined by sample id: a folder, a
             dataset on the Hub, or a `.pt` file of SEAL.
+        weight_column (`str`, *optional*): in place of a trusted dataset: column that says how much each row counts in
+            plain SFT. All other options are then those of [`WeightedSFTConfig`], and no weights are learned.
     """
 
     validation_dataset_name: str | None = field(
@@ -69,6 +77,10 @@ class BilevelScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "Weights of another run to start from: a folder, a dataset on the Hub, or a `.pt` file."},
     )
+    weight_column: str | None = field(
+        default=None,
+        metadata={"help": "In place of a trusted dataset: column that says how much each row counts in plain SFT."},
+    )
 
     def __post_init__(self) -> None:
         parse_keep_ratio(self.keep_ratio)
@@ -82,10 +94,12 @@ def main(
 ) -> None:
     from trl import get_peft_config, get_quantization_config
 
+    _refuse_both(script_args.validation_dataset_name, script_args.weight_column)
     if script_args.validation_dataset_name is None:
-        raise ValueError("`--validation_dataset_name` is missing. Name the dataset you trust.")
-    if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("Give either `datasets` or `--dataset_name`, not both.")
+        raise ValueError(
+            "`--validation_dataset_name` is missing. Name the dataset you trust. Or train on weights that are there "
+            "already: `--weight_column`."
+        )
 
     for name in (_CURATED_FOLDER_NAME, SELECTOR_TABLE_NAME):
         path = Path(training_args.output_dir) / name
@@ -98,7 +112,7 @@ def main(
     # Before anything is loaded
     resume_from_checkpoint = read_resume_option(training_args.resume_from_checkpoint, training_args.output_dir)
 
-    train_dataset, eval_dataset = _load_datasets(script_args, training_args, dataset_args)
+    train_dataset, eval_dataset = load_training_datasets(script_args, training_args, dataset_args)
     validation_dataset = load_split(
         script_args.validation_dataset_name,
         script_args.validation_dataset_config,
@@ -136,39 +150,6 @@ def main(
     trainer.end()
 
 
-def _load_datasets(
-    script_args: BilevelScriptArguments, training_args: BilevelSFTConfig, dataset_args: DatasetMixtureConfig
-) -> tuple[Any, Any]:
-    """Training and evaluation dataset, the latter `None` without evaluation."""
-    from trl import get_dataset
-
-    eval_dataset = None
-    if dataset_args.datasets:
-        mixture = get_dataset(dataset_args)
-        train_dataset = _split_of(mixture, script_args.dataset_train_split)
-        if training_args.eval_strategy != "no":
-            eval_dataset = _split_of(mixture, script_args.dataset_test_split)
-    elif script_args.dataset_name:
-        name, config = script_args.dataset_name, script_args.dataset_config
-        train_dataset = load_split(
-            name, config, script_args.dataset_train_split, streaming=script_args.dataset_streaming
-        )
-        if training_args.eval_strategy != "no":
-            eval_dataset = load_split(name, config, script_args.dataset_test_split)
-    else:
-        raise ValueError("Either `datasets` or `--dataset_name` must be given.")
-    return train_dataset, eval_dataset
-
-
-def _split_of(mixture: Any, split: str) -> Any:
-    if split not in mixture:
-        raise ValueError(
-            f"The mixture of `datasets` has no split {split!r}, only {sorted(mixture)}. `test_split_size` sets rows "
-            "apart for the evaluation."
-        )
-    return mixture[split]
-
-
 def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | str) -> None:
     """The curated dataset and the weights, into the output folder."""
     if not trainer.is_world_process_zero():
@@ -183,14 +164,49 @@ def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | str) -> None:
             trainer.accelerator.print(f"   {weight:8.4f}  {plain_text(str(source))[0]}")
 
 
+@dataclass
+class _Choice:
+    """The two options that say which trainer the others are for."""
+
+    validation_dataset_name: str | None = None
+    weight_column: str | None = None
+
+
+def _refuse_both(validation_dataset_name: str | None, weight_column: str | None) -> None:
+    if validation_dataset_name is not None and weight_column is not None:
+        raise ValueError(
+            f"`--weight_column {weight_column}` has no effect with `--validation_dataset_name`, by which weights are "
+            "learned. Leave one of them out; `--data_selector` starts from weights of another run."
+        )
+
+
+def is_weighted(options: Sequence[str]) -> bool:
+    """
+    Whether the options are those of plain SFT on a dataset that has its weights.
+
+    Raises:
+        `ValueError`: for a column of weights beside a trusted dataset.
+    """
+    if options[-1:] == ["--config"]:
+        return False  # which the parser of all options reports
+    choice, *_ = parse_known_options(TrlParser((_Choice,), add_help=False), list(options))
+    _refuse_both(choice.validation_dataset_name, choice.weight_column)
+    return choice.weight_column is not None
+
+
 def make_parser(prog: str | None = None) -> TrlParser:
     return make_command_parser(
         (BilevelScriptArguments, BilevelSFTConfig, ModelConfig, DatasetMixtureConfig), __doc__, prog
     )
 
 
+def run(options: list[str]) -> None:
+    """Train as the options say; those of `accelerate launch` may stand among them in the same YAML file."""
+    script: Any = weighted_sft if is_weighted(options) else sys.modules[__name__]
+    script.main(*script.make_parser().parse_args_and_config(options, fail_with_unknown_args=False))
+
+
 if __name__ == "__main__":
     print_in_any_locale()
     with one_line_errors():
-        # Options of `accelerate launch` may stand in the same YAML file
-        main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+        run(sys.argv[1:])
