@@ -1,15 +1,21 @@
 """Which questions are refined, what is kept of the responses, and how they reach the batches."""
 
+import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pytest
 import torch
+from conftest import QUIET_CPU_RUN
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_bilevel import DataSelector, RefinementConfig, SelfRefiningCollator
@@ -23,7 +29,9 @@ from trl_bilevel.refined_responses import (
 )
 from trl_bilevel.refined_rows import _with_replacements, apply_refined
 from trl_bilevel.refinement import Candidates, choose_rows, refresh_metrics
+from trl_bilevel.refinement_settings import refinement_settings
 from trl_bilevel.response_checks import check_reward_funcs, find_flaws, sum_rewards
+from trl_bilevel.reward_identity import describe_reward_func
 
 
 def _response(row, step=0, response=0, used=True, tokens=(5, 6), text="a", flaw=None):
@@ -468,12 +476,87 @@ def test_bad_reward_functions_are_refused():
     async def reward(prompts, completions, **kwargs):
         return [1.0]
 
-    with pytest.raises(TypeError, match="not async"):
-        check_reward_funcs(reward)
+    class Reward:
+        async def __call__(self, prompts, completions, **kwargs):
+            return [1.0]
+
+    for function in (reward, Reward(), partial(reward, None), partial(Reward(), None)):
+        with pytest.raises(TypeError, match="not async"):
+            check_reward_funcs(function)
     with pytest.raises(TypeError, match="reward model"):
         check_reward_funcs(["some/reward-model"])
     with pytest.raises(ValueError, match="1 rewards for 2"):
         sum_rewards([lambda **kwargs: [1.0]], [_question(0), _question(1)], ["a", "b"], [[1], [2]])
+
+
+class Longest:
+    """A reward function with a state."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.model = object()  # of another address in every session
+
+    def __call__(self, completions, **kwargs):
+        return [float(len(text) <= self.limit) for text in completions]
+
+
+def at_most(limit, completions, **kwargs):
+    return [float(len(text) <= limit) for text in completions]
+
+
+def closing_over(limit):
+    def reward(completions, **kwargs):
+        return [float(len(text) <= limit) for text in completions]
+
+    return reward
+
+
+DIFFERENT_REWARDS = {
+    "argument of a partial": (partial(at_most, 3), partial(at_most, 4)),
+    "keyword of a partial": (partial(at_most, limit=3), partial(at_most, limit=4)),
+    "function of a partial": (partial(at_most, 3), partial(closing_over(3))),
+    "attribute of an object": (Longest(3), Longest(4)),
+    "object of a method": (Longest(3).__call__, Longest(4).__call__),
+    "what is closed over": (closing_over(3), closing_over(4)),
+    "code": (lambda completions, **_: [1.0], lambda completions, **_: [2.0]),
+    "number": (at_most, None),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), DIFFERENT_REWARDS.values(), ids=DIFFERENT_REWARDS)
+def test_settings_know_another_reward_function(tmp_path, first, second):
+    """Else a run that goes on with another would keep what the first one accepted."""
+    args = SFTConfig(str(tmp_path), **QUIET_CPU_RUN)
+
+    def settings(function):
+        return refinement_settings(RefinementConfig(), args, [] if function is None else [function])
+
+    assert settings(first) == settings(first)
+    assert settings(first) != settings(second)
+
+
+def test_description_of_a_reward_function_is_that_of_every_session():
+    """Whatever addresses and hashes are there."""
+    code = "from test_refinement import DIFFERENT_REWARDS as pairs; from trl_bilevel.reward_identity import *; "
+    code += "print(*[describe_reward_func(one) for pair in pairs.values() for one in pair])"
+    sessions = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert sessions[0] == sessions[1]
+    assert " at 0x" not in sessions[0]
+
+
+def test_reward_function_that_holds_itself_is_described():
+    reward = Longest(3)
+    reward.own = reward
+    assert describe_reward_func(reward)
 
 
 def test_metrics_count_every_response():

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -575,6 +576,7 @@ def test_a_run_that_goes_on_otherwise_takes_no_answers_of_the_first_attempt(make
         {"validation_weight": 0.4}, {"selector_learning_rate": 3.0}, {"filter_ratio": 0.5}, {"weight_decay": 0.3},
         {"importance_ratio_clip": 1.01}, {"importance_sampling_level": "sequence"},
         {"gradient_accumulation_steps": 2, "max_steps": 12}, {"validation_dataset": prompt_completion_rows(10, 2000)},
+        {"reward_funcs": partial(lambda share, completions, **_: [share] * len(completions), 0.5)},
     ):  # fmt: skip
         folder = tmp_path / next(iter(change))
         shutil.copytree(first.args.output_dir, folder)

@@ -1,16 +1,17 @@
 """What the responses of a run depend on: a run that goes on with something else must not take those on disk."""
 
 import hashlib
-import inspect
 from dataclasses import fields
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from trl import SFTConfig
 
 from .bilevel_sft_config import BilevelSFTConfig
 from .refinement_config import RefinementConfig
 from .response_checks import RewardFunc
+from .reward_identity import describe_reward_func
 
 
 # Of the options of TRL: what changes the model that answers, whether a run has one process or several
@@ -35,7 +36,8 @@ def refinement_settings(
     Args:
         config ([`~trl_bilevel.refinement_config.RefinementConfig`]): of refinement.
         training (`TrainingArguments`): of the run.
-        reward_funcs (`list[Callable]`): by the names of those that are functions.
+        reward_funcs (`list[Callable]`): by their code and what is bound to them, see
+            [`~trl_bilevel.reward_identity.describe_reward_func`].
         *others: what else decides, of a `repr` that is the same in every session.
     """
     rows_per_step = training.gradient_accumulation_steps * training.world_size
@@ -45,5 +47,7 @@ def refinement_settings(
     if isinstance(training, BilevelSFTConfig):
         own |= {option.name for option in fields(BilevelSFTConfig)} - {option.name for option in fields(SFTConfig)}
     options |= {name: getattr(config, name) for name in sorted(own) if name not in (*_WITHOUT_EFFECT, *_BATCH_SIZES)}
-    names = [function.__qualname__ for function in reward_funcs if inspect.isfunction(function)]
-    return hashlib.sha256(repr([options, names, *others]).encode()).hexdigest()[:8]
+    functions = [describe_reward_func(function) for function in reward_funcs]
+    digest = [hashlib.sha256(repr([options, functions, *others]).encode()).hexdigest()[:8]]
+    broadcast_object_list(digest)  # an object may hold what differs between processes, as the time it was made
+    return digest[0]

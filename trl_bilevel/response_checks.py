@@ -1,10 +1,11 @@
 """Guard rails: which regenerated responses are fit to train on."""
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
+
+from trl.trainer.utils import is_async_callable
 
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def check_reward_funcs(reward_funcs: RewardFunc | list[RewardFunc] | None) -> li
     Reward functions as a list.
 
     Raises:
-        `TypeError`: for anything but plain functions; TRL's GRPO trainer also takes reward models.
+        `TypeError`: for what cannot be called or is async; TRL's GRPO trainer also takes reward models.
     """
     functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
     for function in functions:
-        if not callable(function) or inspect.iscoroutinefunction(function):
+        if not callable(function) or is_async_callable(function):
             raise TypeError(
                 f"`reward_funcs` must be functions that are not async, got {function!r}. Wrap a reward model in a "
                 "function `(prompts, completions, **columns) -> list[float]`."
