@@ -68,7 +68,11 @@ def test_reference_has_every_public_name_and_option(site):
     reference = "".join(page.read_text() for page in (site / "api").glob("*.html"))
     for name in trl_bilevel.__all__:
         assert f'id="trl_bilevel.{name}"' in reference, name
-    options = {*RefinementConfig.__dataclass_fields__, *BilevelSFTConfig.__annotations__}
+    options = {
+        *RefinementConfig.__dataclass_fields__,
+        *BilevelSFTConfig.__annotations__,
+        *trl_bilevel.WeightedSFTConfig.__annotations__,
+    }
     for option in options:
         assert f"<dt><code>{option}</code>" in reference, option
     assert not re.search(r"\[<code>|\*optional\*|<p>:|\$\\", reference)  # markup that was not read as such

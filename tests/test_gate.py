@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from trl import SFTConfig
 
-from trl_bilevel import BilevelSFTConfig, RefinementConfig
+from trl_bilevel import BilevelSFTConfig, RefinementConfig, WeightedSFTConfig
 from trl_bilevel.bilevel_sft_config import SelectionMethod
 from trl_bilevel.selection_methods import SELECTION_METHODS
 
@@ -34,12 +34,17 @@ def test_style_and_types(command):
 
 def _own_fields():
     inherited = {option.name for option in fields(SFTConfig)}
-    return [option for option in fields(BilevelSFTConfig) if option.name not in inherited]
+    return [
+        option
+        for config in (BilevelSFTConfig, WeightedSFTConfig)
+        for option in fields(config)
+        if option.name not in inherited
+    ]
 
 
 @pytest.mark.parametrize("option", _own_fields(), ids=lambda option: option.name)
 def test_documented_defaults_are_the_real_ones(option):
-    documentation = BilevelSFTConfig.__doc__ + RefinementConfig.__doc__
+    documentation = BilevelSFTConfig.__doc__ + RefinementConfig.__doc__ + WeightedSFTConfig.__doc__
     documented = re.search(rf"^\s+{option.name} \((.*?)\):$", documentation, flags=re.MULTILINE)
     assert documented, f"{option.name} is not in a docstring"
     default = re.search(r"defaults to `(.*)`", documented[1])

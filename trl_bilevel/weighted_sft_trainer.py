@@ -80,7 +80,7 @@ class WeightedSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of TRL, and in training what the weights add to it: see [`weighted_losses.weighting_term`]."""
+        """The loss of TRL, and in training what the weights add to it: see `weighted_losses.weighting_term`."""
         inputs = dict(inputs)
         weights = take_weights(inputs)
         if weights is None:  # evaluation

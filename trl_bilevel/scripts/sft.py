@@ -94,12 +94,7 @@ def main(
 ) -> None:
     from trl import get_peft_config, get_quantization_config
 
-    _refuse_both(script_args.validation_dataset_name, script_args.weight_column)
-    if script_args.validation_dataset_name is None:
-        raise ValueError(
-            "`--validation_dataset_name` is missing. Name the dataset you trust. Or train on weights that are there "
-            "already: `--weight_column`."
-        )
+    validation_name = _trusted_dataset_name(script_args)
 
     for name in (_CURATED_FOLDER_NAME, SELECTOR_TABLE_NAME):
         path = Path(training_args.output_dir) / name
@@ -114,7 +109,7 @@ def main(
 
     train_dataset, eval_dataset = load_training_datasets(script_args, training_args, dataset_args)
     validation_dataset = load_split(
-        script_args.validation_dataset_name,
+        validation_name,
         script_args.validation_dataset_config,
         script_args.validation_dataset_split,
     )
@@ -148,6 +143,16 @@ def main(
     finally:  # whether the Hub takes the model or not
         _save_curated(trainer, parse_keep_ratio(script_args.keep_ratio))
     trainer.end()
+
+
+def _trusted_dataset_name(script_args: BilevelScriptArguments) -> str:
+    _refuse_both(script_args.validation_dataset_name, script_args.weight_column)
+    if script_args.validation_dataset_name is None:
+        raise ValueError(
+            "`--validation_dataset_name` is missing. Name the dataset you trust. Or train on weights that are there "
+            "already: `--weight_column`."
+        )
+    return script_args.validation_dataset_name
 
 
 def _save_curated(trainer: BilevelSFTTrainer, keep_ratio: float | str) -> None:
