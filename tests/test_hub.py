@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import prompt_completion_rows
+from conftest import QUIET_CPU_RUN, prompt_completion_rows
 from datasets import Dataset, concatenate_datasets, get_dataset_config_names, load_dataset
 from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
@@ -587,16 +587,20 @@ def test_split_without_refined_rows_leaves_those_of_another(hub, make_trainer):
     ("split", "num_rows", "keep_ratio", "num_stricter"),
     [("train", 24, 0.5, 6), ("train_sft", 24, 0.5, 6), ("train", 24, 1 / 24, 1), ("train", 1000, 0.001, 1)],
 )
-def test_code_in_a_card_runs(hub, trained, split, num_rows, keep_ratio, num_stricter):
+def test_code_in_a_card_runs(hub, trained, tokenizer, tmp_path, split, num_rows, keep_ratio, num_stricter):
     rank = np.random.default_rng(0).permutation(num_rows) + 1
     scores = {"weight": 2 * (1 - rank / num_rows), "rank": rank, "scored": rank > 0}
     rows = prompt_completion_rows(num_rows).to_dict()
     source = {"sample_id": list(range(num_rows)), "response_source": ["original"] * num_rows}
     scored = Dataset.from_dict({**rows, **source, **scores}, split=split)
     publish_curated_dataset(scored, trained._run_facts, REPO, keep_ratio=keep_ratio)
-    found = {}
+    trained.model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found = {"here": {"output_dir": str(tmp_path / "out"), "max_steps": 1, **QUIET_CPU_RUN}}
     for code in re.findall(r"```python\n(.*?)```", _card(hub).text, flags=re.DOTALL):
+        code = code.replace('output_dir="out"', "**here").replace("MODEL", str(tmp_path / "model"))
         exec(code, found)
+    assert (tmp_path / "out").is_dir()  # where the weighted run wrote
     assert len(found["dataset"]) == round(keep_ratio * num_rows)
     assert len(found["scores"]) == num_rows
     assert sorted(found["stricter"]["rank"]) == list(range(1, num_stricter + 1))
@@ -625,6 +629,7 @@ def test_command_in_a_card_gives_the_run_again(hub, make_trainer):
     trainer = make_trainer(peft_config=lora, packing=True, max_length=64, per_device_train_batch_size=2)
     trainer.train()
     trainer.push_curated_dataset(REPO)
+    assert "WeightedSFTTrainer(model=" in _card(hub).text
     (command,) = re.findall(r"trl-bilevel sft (.*?)```", _card(hub).text, flags=re.DOTALL)
     words = shlex.split(command.replace("\\\n", " "))
     _, training_args, model_args, _ = sft.make_parser().parse_args_and_config([*words, "--use_cpu"])

@@ -215,6 +215,25 @@ def test_wrapped_sequences_hold_the_weight_of_each_token(make):
     assert [len(sequence) for sequence in wrapped["weight"]] == [len(ids) for ids in wrapped["input_ids"]]
 
 
+def test_a_token_at_a_cut_counts_with_the_row_it_is_of(train, build_model, make):
+    """Wrapped sequences go on with the next row, whose first token is then predicted, and is that row's."""
+    options = {"packing": True, "max_length": 32, "packing_strategy": "wrapped", "completion_only_loss": False}
+    options |= {"max_steps": 1, "per_device_train_batch_size": 64, "normalize_weights": False}
+    rows = weighted_rows([5.0, 0.1] * 6)
+    of_tokens = [
+        row["weight"] for row in make(SFTTrainer, rows, max_length=None).train_dataset for _ in row["input_ids"]
+    ]
+    trainer = train(WeightedSFTTrainer, rows, **options)
+    model, total, num_tokens = build_model(), 0.0, 0
+    for sequence in trainer.train_dataset:
+        ids = torch.tensor(sequence["input_ids"])
+        weights, of_tokens = torch.tensor(of_tokens[: len(ids)]), of_tokens[len(ids) :]
+        total = total + (weights[1:] * nll(model(ids[None]).logits[0, :-1], ids[1:])).sum()
+        num_tokens += len(ids) - 1
+    assert not of_tokens
+    assert losses(trainer) == pytest.approx([(total / num_tokens).item()], rel=1e-5)
+
+
 def test_rows_come_in_proportion_to_their_weights_at_any_batch_size(make):
     """Why the divisor is tokens: with weighted tokens a step of one row would not know its weight."""
     rows = prompt_completion_rows(2).select([1, 1]).add_column("weight", [1.0, 3.0])
