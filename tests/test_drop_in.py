@@ -20,7 +20,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import QUIET_CPU_RUN, prompt_completion_rows
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from tensorboardX.proto import event_pb2
@@ -394,6 +394,7 @@ def run(tmp_path, build_model, tokenizer, global_state) -> Callable[..., Run]:
         rows: str = "prompts",
         folder: str = "run",
         resume: str | None = None,
+        num_rows: int = 24,
     ) -> Run:
         transformers.logging.set_verbosity_warning()
         options = {**BASE, **options}
@@ -416,7 +417,7 @@ def run(tmp_path, build_model, tokenizer, global_state) -> Callable[..., Run]:
         trainer = trainer_class(
             model or build_model(),
             args=config(str(output_dir), **options),
-            train_dataset=_rows(rows, 24),
+            train_dataset=_rows(rows, num_rows),
             processing_class=copy.deepcopy(tokenizer),  # some options are written into it
             **arguments,
         )
@@ -523,6 +524,89 @@ def test_a_column_named_length_is_nothing_special(run):
     """As in `SFTTrainer`, which takes unused columns away before rows are grouped: it may hold anything."""
     options = {"train_sampling_strategy": "group_by_length", "length_column_name": "size"}
     _assert_same(run(BilevelSFTTrainer, options, "sized"), run(SFTTrainer, options, "sized"), 1e-5)
+
+
+SMALL = {"max_steps": -1, "num_train_epochs": 2.0, "per_device_train_batch_size": 8}
+
+
+@pytest.mark.filterwarnings("ignore:.*flash attention.*")
+@pytest.mark.parametrize(
+    ("num_rows", "options"),
+    [
+        (1, {}),
+        (3, {"max_steps": 3}),
+        (9, {"gradient_accumulation_steps": 4}),
+        (3, {"packing": True, "max_length": 64}),
+        (9, {"dataloader_drop_last": True}),
+    ],
+)
+def test_fewer_rows_than_a_batch_train_as_in_sft(run, num_rows, options):
+    """A smaller batch, or fewer micro-batches in a step."""
+    options = {**SMALL, **options}
+    ours, sft = (run(trainer, options, num_rows=num_rows) for trainer in (BilevelSFTTrainer, SFTTrainer))
+    _assert_same(ours, sft, 1e-5)
+    assert any("loss" in entry for entry in sft.logs)
+
+
+def test_a_dropped_last_batch_that_is_the_only_one_is_the_same_error(run):
+    for trainer_class in (SFTTrainer, BilevelSFTTrainer):
+        with pytest.raises(ValueError, match="max_steps must be set to a positive value"):
+            run(trainer_class, {**SMALL, "dataloader_drop_last": True}, num_rows=3)
+
+
+@pytest.mark.parametrize("num_trusted", [1, 3])
+def test_few_trusted_rows_come_once_in_a_step(make_trainer, num_trusted):
+    """Of a default batch of 8 on two micro-batches; one row alone joins both of them."""
+    trainer = make_trainer(
+        validation_dataset=prompt_completion_rows(num_trusted, 900),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+    )
+    assert trainer.validation_batch_size == 1
+    trainer.train()
+    assert [entry["validation_loss"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+    assert trainer.data_selector.weights().std() > 0
+
+
+# ---- What is passed as a dataset ----
+def test_tags_and_errors_of_sft(make_trainer, build_model, tokenizer, tmp_path):
+    """What scripts look for: the tags of a model, and the words of TRL's errors."""
+    assert {*SFTTrainer._tag_names, "bilevel-sft"} == set(make_trainer().model.model_tags)
+    for given in (None, DatasetDict(train=prompt_completion_rows(8))):
+        with pytest.raises((TypeError, ValueError)) as theirs:
+            SFTTrainer(
+                build_model(),
+                SFTConfig(str(tmp_path), **QUIET_CPU_RUN),
+                train_dataset=given,
+                processing_class=tokenizer,
+            )
+        with pytest.raises(theirs.type, match=re.escape(str(theirs.value).rstrip("."))):
+            make_trainer(train_dataset=given)
+
+
+def test_streamed_trusted_rows_are_those_of_a_dataset(make_trainer, validation_dataset, monkeypatch):
+    weights = []
+    for rows in (validation_dataset, validation_dataset.to_iterable_dataset().with_format("torch")):
+        trainer = make_trainer(validation_dataset=rows)
+        trainer.train()
+        assert trainer.validation_dataset["input_ids"][:] == make_trainer().validation_dataset["input_ids"][:]
+        weights.append(trainer.data_selector.weights())
+    assert torch.equal(*weights)
+    assert weights[0].std() > 0
+    monkeypatch.setattr("trl_bilevel.trusted_rows.MOST_STREAMED_ROWS", 9)
+    with pytest.raises(ValueError, match=r"stream of more than 9 rows.*`validation_dataset.take\(9\)`"):
+        make_trainer(validation_dataset=validation_dataset.to_iterable_dataset())
+    stream = validation_dataset.to_iterable_dataset()
+    assert len(make_trainer(validation_dataset=stream.take(9)).validation_dataset) == 9
+    with pytest.raises(ValueError, match="`validation_dataset` is empty"):
+        make_trainer(validation_dataset=stream.take(0))
+
+
+def test_a_mapping_of_splits_is_told_from_its_splits(make_trainer, validation_dataset):
+    splits = DatasetDict(trusted=validation_dataset)
+    with pytest.raises(TypeError, match=r"got `DatasetDict`. Pass one of its splits .*`dataset\['trusted'\]`"):
+        make_trainer(validation_dataset=splits)
 
 
 def test_other_seeds_of_the_sampler(run):

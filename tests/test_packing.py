@@ -219,7 +219,6 @@ def test_amortized_selector_sees_packed_rows(make_trainer):
         ({"packing_strategy": "bfd_split"}, "cuts rows into pieces"),
         ({"packing": False, "padding_free": True}, "`max_length` is not enforced"),
         ({"train_sampling_strategy": "group_by_length"}, "about as long as each other"),
-        ({"per_device_train_batch_size": 64}, "packed sequences to train on, fewer than one batch of 64"),
     ],
 )
 def test_what_packing_cannot_do_is_refused(make_trainer, options, message):

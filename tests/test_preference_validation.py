@@ -231,7 +231,7 @@ def _with_nan(rows, token="#"):
     ("broken", "message"),
     [
         (range(6), "All 6 pairs of `validation_dataset` have a NaN or infinite loss"),
-        ([0, 2, 3], r"`validation_dataset` has 3 rows to train on, fewer than one batch of 4 .*accumulation steps"),
+        ([0, 2, 3], r"`validation_dataset` has 3 pairs to train on, fewer than one batch of 4 .*accumulation steps"),
     ],
 )
 def test_too_few_pairs_with_a_reference_are_refused_before_training(
@@ -242,7 +242,7 @@ def test_too_few_pairs_with_a_reference_are_refused_before_training(
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("#")] = torch.nan
     options = {"model": model, "validation_dataset": _with_nan(broken), "validation_loss_type": "dpo"}
     with pytest.raises(ValueError, match=message):
-        make_trainer(**options)
+        make_trainer(**options, per_device_validation_batch_size=4)
     if len(broken) < 6:
-        trainer = make_trainer(**options, per_device_validation_batch_size=3, max_steps=1)
-        assert len(trainer.validation_dataset) == 3
+        trainer = make_trainer(**options, max_steps=1)
+        assert len(trainer.validation_dataset) == trainer.validation_batch_size == 3

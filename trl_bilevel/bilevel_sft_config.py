@@ -64,8 +64,7 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         per_device_validation_batch_size (`int`, *optional*):
             Validation rows (or pairs, each of two sequences) that join each `per_device_train_batch_size` training
             rows in the same forward pass. If `None`, as many as training rows, or a quarter as many in a run that
-            started from a screen. With `packing` both count packed sequences, and `None` takes no more than a small
-            dataset fills.
+            started from a screen, and no more in a step than there are. With `packing` both count packed sequences.
 
         screen (`bool`, *optional*):
             Start from a screen: before the first step the model reads every row once, and a row's weight is the

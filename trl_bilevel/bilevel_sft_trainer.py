@@ -44,6 +44,7 @@ from .stream_checks import check_stream
 from .streamed_curation import curate_stream
 from .streamed_selector import StreamedSelector
 from .training_metrics import TrainingMetrics
+from .trusted_rows import read_trusted_rows
 from .weight_history import WeightHistory
 
 
@@ -72,7 +73,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             [`~transformers.TrainingArguments`] are completed with its defaults.
         validation_dataset (`datasets.Dataset`):
             Rows you trust, in the format of `train_dataset`. They define what a good training row is, and are trained
-            on. `eval_dataset` is never seen by either level.
+            on; a stream of up to 10,000 is read whole. `eval_dataset` is never seen by either level.
         data_selector ([`DataSelector`] or `str`, *optional*):
             Weights to start from, joined by sample id: a selector of another run, for instance of a smaller model, or
             what [`DataSelector.from_pretrained`] reads. With `selector_learning_rate=0` they stay as they are.
@@ -132,6 +133,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             model, args, data_collator, train_dataset, *sft_args, **sft_kwargs
         )
         has_formatting_func = sft_arguments.arguments.get("formatting_func") is not None
+        validation_dataset = read_trusted_rows(validation_dataset)
         check_datasets(train_dataset, validation_dataset, args, has_formatting_func)
         check_row_formats(train_dataset, validation_dataset, args, has_formatting_func)
         self._know_the_rows(train_dataset, args, data_selector)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +29,7 @@ _MOST_NAMED = 10
 
 def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_formatting_func: bool) -> None:
     """
-    Check that both datasets are there, textual, not empty, and of kinds that fit each other; that of the validation
-    rows map-style.
+    Check that both datasets are there, textual, not empty, and of kinds that fit each other.
 
     Args:
         training, validation: what the user passed.
@@ -45,17 +44,17 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
     for name, dataset in (("train_dataset", training), ("validation_dataset", validation)):
         if dataset is None:
             raise ValueError(
-                f"`{name}` is missing. Pass a `datasets.Dataset`"
+                f"`{name}` is required. Pass a `datasets.Dataset`"
                 + (" of rows you trust, in the format of `train_dataset`." if name == "validation_dataset" else ".")
             )
         is_stream = name == "train_dataset" and isinstance(dataset, IterableDataset)
         if not isinstance(dataset, Dataset) and not is_stream:
             raise TypeError(
-                f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. A stream can only be trained "
-                "on: load validation rows without `streaming=True`; pass a mapping of splits one split at a time."
+                # TRL's words, which scripts may look for
+                f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. {_cure(dataset)}"
             )
         if not is_stream and len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty. Pass a dataset with at least one batch of rows.")
+            raise ValueError(f"`{name}` is empty. Pass a dataset with at least one row.")
         columns[name] = stream_column_names(dataset) if is_stream else dataset.column_names
         if {"input_ids", "seq_lengths"} <= set(columns[name]):
             raise ValueError(
@@ -77,6 +76,13 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
             f"`train_dataset.remove_columns({taken})`, or name those to train on in a YAML file, "
             "`datasets: [{path: ..., columns: [...]}]`."
         )
+
+
+def _cure(dataset: Any) -> str:
+    if isinstance(dataset, Mapping) and dataset:
+        splits = [*dataset]
+        return f"Pass one of its splits {splits}, for instance `dataset[{splits[0]!r}]`."
+    return "Make one with `datasets.Dataset.from_list` or `from_dict`, or read one with `load_dataset`."
 
 
 def _check_kinds(
@@ -119,7 +125,7 @@ def stream_column_names(stream: IterableDataset) -> list[str]:
     """
     first = next(iter(stream), None)
     if first is None:
-        raise ValueError("`train_dataset` is empty. Pass a stream with at least one batch of rows.")
+        raise ValueError("`train_dataset` is empty. Pass a stream with at least one row.")
     return list(first) if stream.column_names is None else stream.column_names
 
 
@@ -143,34 +149,24 @@ def check_prepared_rows(name: str, num_rows: int, num_prepared: int, max_length:
         )
 
 
-def check_batch_sizes(
-    num_training: int | None, num_validation: int, training_batch: int, validation_batch: int, are_packed: bool = False
-) -> None:
+def check_validation_batch(num_rows: int, batch: int, are_pairs: bool) -> None:
     """
-    Check that both datasets fill one optimizer step.
+    Check that `per_device_validation_batch_size`, where it was set, can be filled in one optimizer step.
 
     Args:
-        num_training (`int`, *optional*): training rows, or packed sequences of them; `None` for a stream.
-        num_validation (`int`): validation rows, likewise.
-        training_batch (`int`): training rows per optimizer step, over accumulation steps and processes.
-        validation_batch (`int`): validation rows per optimizer step.
-        are_packed (`bool`): whether it is sequences that are counted. Validation sequences may then come twice in a
-            step: a small dataset fits in one.
+        num_rows (`int`): validation rows.
+        batch (`int`): validation rows per optimizer step, over accumulation steps and processes.
+        are_pairs (`bool`): whether the rows are preference pairs.
 
     Raises:
-        `ValueError`: if a dataset has fewer rows than its batch.
+        `ValueError`: if there are fewer.
     """
-    unit = "packed sequences" if are_packed else "rows"
-    for name, number, batch, option in (
-        ("train_dataset", num_training, training_batch, "per_device_train_batch_size"),
-        ("validation_dataset", num_validation, validation_batch, "per_device_validation_batch_size"),
-    ):
-        if number is not None and number < batch and not (are_packed and name == "validation_dataset"):
-            raise ValueError(
-                f"`{name}` has {number} {unit} to train on, fewer than one batch of {batch} (per device, times "
-                f"accumulation steps, times processes). Lower `{option}` or "
-                f"`gradient_accumulation_steps`, or add rows{' or lower `max_length`' if are_packed else ''}."
-            )
+    if num_rows < batch:
+        raise ValueError(
+            f"`validation_dataset` has {num_rows} {'pairs' if are_pairs else 'rows'} to train on, fewer than one "
+            f"batch of {batch} (`per_device_validation_batch_size`, times accumulation steps, times processes). Lower "
+            "`per_device_validation_batch_size` or leave it out, lower `gradient_accumulation_steps`, or add rows."
+        )
 
 
 def resolve_sample_ids(dataset: Dataset, column: str | None) -> pa.ChunkedArray:

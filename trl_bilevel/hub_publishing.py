@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 class HubPublishing(Checkpointing):
     """Pushes of [`~trl_bilevel.BilevelSFTTrainer`]. Whatever the Hub answers, the results are on disk."""
 
-    _tag_names = ["trl", "bilevel-sft"]
+    _tag_names = ["trl", "sft", "bilevel-sft"]
     _name = "Bilevel SFT"
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": PAPER_CITATION}
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 from trl import SFTTrainer
 
 from .batch_layout import PaddedLayout, padded
-from .dataset_checks import check_batch_sizes
+from .dataset_checks import check_validation_batch
 from .packing import PackedRows, pack_rows
 from .paired_batches import (
     OPTIMIZER_STEP,
@@ -54,23 +54,19 @@ class PairedLoading(SFTTrainer):
     def _set_validation_batch_size(self) -> None:
         args = self.args
         batches_per_step = args.gradient_accumulation_steps * args.world_size
-        training = self.train_dataset if self.packed_training is None else self.packed_training
         validation = self.validation_dataset if self.packed_validation is None else self.packed_validation
         batch_size = args.per_device_validation_batch_size
         if batch_size is None:
             batch_size = args.per_device_train_batch_size
             if self.screening is not None and self.value_function is None and self.packed_validation is None:
                 batch_size = max(1, batch_size // _TRAINING_ROWS_PER_TRUSTED)
-            # There may be few trusted rows, and a small dataset packs into few sequences
+            # Few trusted rows, or the few sequences that they pack into, come no more than once in a step; if there
+            # are fewer than micro-batches, one to each of them
             batch_size = max(1, min(batch_size, len(validation) // batches_per_step))
+        elif self.packed_validation is None:
+            are_pairs = args.validation_loss_type == "dpo"
+            check_validation_batch(len(validation), batch_size * batches_per_step, are_pairs)
         self.validation_batch_size = batch_size
-        check_batch_sizes(
-            num_training=None if self._is_streamed else len(training),
-            num_validation=len(validation),
-            training_batch=args.per_device_train_batch_size * batches_per_step,
-            validation_batch=batch_size * batches_per_step,
-            are_packed=self.packed_training is not None,
-        )
 
     def _prepare_validation_dataset(self, dataset: Dataset) -> Dataset:
         if self.args.validation_loss_type == "dpo":
