@@ -106,7 +106,9 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
         ("test_processes.py::test_two_processes_equal_one",), "no effect in one process"
     ),
     "max_grad_norm": Same(0.1),
-    "label_smoothing_factor": Refused({"label_smoothing_factor": 0.1}, "it needs the full logits"),
+    "label_smoothing_factor": Same(
+        0.1, note="of the training rows; the weights and the trusted rows keep the likelihood"
+    ),
     "bf16": ShownBy(("test_trainer.py::test_bf16_keeps_the_selector_in_fp32",)),
     "fp16": Refused(
         {"fp16": True, "value_function": "adapter", "peft_config": "lora"},
@@ -279,12 +281,7 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
     "eval_packing": Same(True, {**EVALUATED, "max_length": 64}),
     "completion_only_loss": Same(False),
     "assistant_only_loss": Same(True, rows="chat"),
-    "loss_type": Refused(
-        {"loss_type": "dft"},
-        "`loss_type='dft'` is not supported",
-        ("test_losses.py::test_row_losses_are_the_rows_cross_entropies",),
-        "`'dft'`; the default works",
-    ),
+    "loss_type": Same("dft", note="of the training rows; the weights and the trusted rows keep the likelihood"),
     "activation_offloading": Refused(
         {"activation_offloading": True, "activation_checkpointing": True},
         "`activation_offloading=True` needs an accelerator",
@@ -650,6 +647,40 @@ def test_fp16_trains_without_a_value_function(make_trainer):
     trainer.train()
     assert all(0 < loss < 100 for loss in _losses(trainer))
     assert trainer.data_selector.weights().std() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor`:FutureWarning")
+@pytest.mark.parametrize("options", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.3}])
+def test_another_loss_is_that_of_the_training_rows_alone(make_trainer, build_model, options):
+    """One step on all rows: lambda * NLL of the trusted rows + (1 - lambda) * the loss asked for of the others."""
+    rows, trusted = prompt_completion_rows(4), prompt_completion_rows(4, 1000)
+    chosen = {"train_dataset": rows, "validation_dataset": trusted, "max_steps": 1, "validation_weight": 0.4}
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # else every token is about as likely as any other
+    plain, other = (make_trainer(model=copy.deepcopy(model), **chosen, **given) for given in ({}, options))
+    means = {}
+    for name, dataset in (("training", other.train_dataset), ("trusted", other.validation_dataset)):
+        batch = other.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in dataset])
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = batch["labels"][:, 1:] != -100
+        log_p = logits[:, :-1][mask].log_softmax(-1)
+        wanted = log_p.gather(1, batch["labels"][:, 1:][mask][:, None])[:, 0]
+        means[name] = -wanted.mean()
+        factor = wanted.exp() if "loss_type" in options else 0.7
+        uniform = 0 if "loss_type" in options else 0.3 * log_p.mean(-1)
+        means[f"{name}, other"] = -(factor * wanted + uniform).mean()
+    for trainer in (plain, other):
+        trainer.train()
+    (log, plain_log) = (trainer.state.log_history[0] for trainer in (other, plain))
+    assert log["loss"] == pytest.approx(float(0.4 * means["trusted"] + 0.6 * means["training, other"]), rel=1e-4)
+    assert abs(log["loss"] - plain_log["loss"]) > 1e-2
+    for name, mean in (("validation_loss", means["trusted"]), ("training_loss", means["training"])):
+        assert log[name] == pytest.approx(plain_log[name], rel=1e-5) == pytest.approx(float(mean), rel=1e-4)
+    # The selector's first update sees the model before its step: the same likelihoods
+    torch.testing.assert_close(other.data_selector.weights(), plain.data_selector.weights(), rtol=1e-5, atol=1e-6)
+    assert other.data_selector.weights().std() > 1e-4
 
 
 def test_neftune_is_noise_in_training_only(make_trainer, validation_dataset):

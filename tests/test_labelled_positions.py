@@ -6,10 +6,12 @@ from accelerate.utils import is_peft_model
 from conftest import build_tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_bilevel.batch_layout import PaddedLayout
-from trl_bilevel.labelled_positions import fused_forward, leaves_out_unlabelled, score_labels
+from trl_bilevel.labelled_positions import full_forward, fused_forward, leaves_out_unlabelled, score_labels
+from trl_bilevel.losses import lower_level_losses
 
 
 @pytest.fixture
@@ -84,6 +86,31 @@ def test_outputs_and_gradients_are_trls(family, has_adapter, tokenizer, cpu):
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_smoothed_labels_are_those_of_transformers(family, is_compiled, tokenizer, cpu, monkeypatch):
+    """The same log-probabilities as the fused head's, and the loss and gradients of `LabelSmoother`."""
+    model, batch = _model(family, tokenizer).eval(), _batch()
+    monkeypatch.setattr(cpu, "torch_compile", is_compiled)  # which takes all positions
+    options = {"output_router_logits": True} if family == "qwen3_moe" else {}
+    outputs, uniform_nll = full_forward(model, model, batch, cpu, **options)
+    expected = model(**batch, **options, use_cache=False, fused_lm_head=True)
+    assert outputs.label_mask.equal(expected.label_mask)
+    assert outputs.is_top1.equal(expected.is_top1)
+    for field in ("log_probs", "entropy"):
+        torch.testing.assert_close(getattr(outputs, field), getattr(expected, field), atol=1e-5, rtol=0)
+    assert (outputs.aux_loss is not None) == bool(options)
+    sums = lower_level_losses(outputs.log_probs, outputs.label_mask, "nll", 0.2, uniform_nll)
+    sums.sum().backward()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    reference = LabelSmoother(0.2)({"logits": logits}, batch["labels"], shift_labels=True, num_items_in_batch=1)
+    reference.backward()
+    torch.testing.assert_close(sums.sum(), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_unlabelled_positions_never_reach_the_head(tokenizer, cpu):

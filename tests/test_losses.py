@@ -7,6 +7,7 @@ from trl_bilevel.losses import (
     ObjectiveSize,
     WeightedRows,
     filter_threshold,
+    lower_level_losses,
     objective_size,
     row_coefficients,
     row_losses,
@@ -26,6 +27,20 @@ def test_row_losses_are_the_rows_cross_entropies():
         expected = torch.nn.functional.cross_entropy(logits[row][mask[row]], labels[row][mask[row]])
         torch.testing.assert_close(losses.mean[row], expected)
     assert losses.num_tokens.tolist() == [6, 2, 1]
+
+
+@pytest.mark.parametrize("has_ratios", [False, True])
+def test_dynamic_fine_tuning_weighs_tokens_by_their_probability(has_ratios):
+    """-p log p, without a gradient through p; the importance ratios of refined answers multiply it."""
+    probabilities = torch.tensor([[0.5, 0.1, 0.9], [0.2, 0.3, 0.4]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    ratios = torch.tensor([[2.0, 3.0, 1.0], [1.0, 1.0, 5.0]]) if has_ratios else None
+    log_probs = probabilities.log().requires_grad_()
+    losses = lower_level_losses(log_probs, mask, "dft", ratios=ratios)
+    factors = probabilities * mask * (1 if ratios is None else ratios)
+    torch.testing.assert_close(losses, -(factors * probabilities.log()).sum(dim=1))
+    losses.sum().backward()
+    torch.testing.assert_close(log_probs.grad, -factors)
 
 
 def test_mean_loss_of_a_row_without_completion_is_nan_not_zero():

@@ -38,8 +38,15 @@ def _value_function(trainer):
     return {name: value.detach().clone() for name, value in trainer.value_function._own.items()}
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor`:FutureWarning")
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.1}]
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.1},
+        {"loss_type": "dft"},
+        {"label_smoothing_factor": 0.3},
+    ],
 )
 def test_on_all_rows_it_is_the_adapter_that_sft_trains(
     make_lora_trainer, build_model, tokenizer, train_dataset, options

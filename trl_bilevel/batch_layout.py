@@ -22,6 +22,8 @@ class RowOutputs(NamedTuple):
     """Whether the label is the most likely token, bool."""
     aux_loss: Any
     """Load-balancing loss of a mixture-of-experts model, scalar tensor; `None` of other models."""
+    uniform_nll: torch.Tensor | None = None
+    """Mean negative log-likelihood of all tokens of the vocabulary, in nats, for label smoothing; else `None`."""
 
 
 class PaddedLayout:
@@ -37,9 +39,11 @@ class PaddedLayout:
     def __init__(self, widths: torch.Tensor | None = None):
         self.widths = widths
 
-    def unpack(self, outputs: Any) -> RowOutputs:
+    def unpack(self, outputs: Any, uniform_nll: torch.Tensor | None = None) -> RowOutputs:
         """The model's outputs by row; takes TRL's `FusedCausalLMOutput` of shape (R, L-1)."""
-        return RowOutputs(outputs.log_probs, outputs.label_mask, outputs.entropy, outputs.is_top1, outputs.aux_loss)
+        return RowOutputs(
+            outputs.log_probs, outputs.label_mask, outputs.entropy, outputs.is_top1, outputs.aux_loss, uniform_nll
+        )
 
     def select(self, inputs: dict[str, Any], rows: torch.Tensor) -> tuple[dict[str, Any], "PaddedLayout"]:
         """The inputs of some rows only, bool of shape (R,) on the CPU, and their layout."""
@@ -76,7 +80,7 @@ class PaddingFreeLayout:
         self._index = index.to(device, non_blocking=True)
         self._predicted = predicted.to(device, non_blocking=True)
 
-    def unpack(self, outputs: Any) -> RowOutputs:
+    def unpack(self, outputs: Any, uniform_nll: torch.Tensor | None = None) -> RowOutputs:
         """The model's outputs by row, (R, L-1); takes TRL's `FusedCausalLMOutput` of shape (1, tokens - 1)."""
         return RowOutputs(
             self._unpack(outputs.log_probs),
@@ -84,6 +88,7 @@ class PaddingFreeLayout:
             self._unpack(outputs.entropy),
             self._unpack(outputs.is_top1),
             outputs.aux_loss,
+            None if uniform_nll is None else self._unpack(uniform_nll),
         )
 
     def _unpack(self, values: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
-from .batch_layout import BatchLayout, RowOutputs, pop_layout
+from .amortized_selector import AmortizedSelector
+from .batch_layout import RowOutputs, pop_layout
 from .bilevel_sft_config import BilevelSFTConfig
 from .data_selector import DataSelector
-from .labelled_positions import fused_forward
 from .losses import (
     ImportanceRatios,
     PreferenceLosses,
@@ -22,7 +21,6 @@ from .losses import (
     filter_threshold,
     importance_ratios,
     preference_losses,
-    row_losses,
     validation_weight_at,
 )
 from .packing import PackedRows
@@ -31,6 +29,7 @@ from .preference_pairs import REFERENCE_NLL
 from .random_state import batch_seed, random_state_kept
 from .refined_responses import ResponseStore
 from .refinement import Candidates, Refiner, is_refresh_due, refresh_metrics
+from .row_forward import RowForward
 from .row_gathering import RowGathering
 from .selection_methods import build_selection
 from .step_rows import STEP_ROWS, StepRows, row_coefficients_of_step
@@ -53,7 +52,7 @@ class _StepEnd(TrainerCallback):
         self._trainer.finish_step()
 
 
-class BilevelStep(RowGathering):
+class BilevelStep(RowForward, RowGathering):
     """
     The two levels of one optimizer step, for [`BilevelSFTTrainer`], which prepares what they work on.
 
@@ -306,24 +305,12 @@ class BilevelStep(RowGathering):
         )
         return (loss, outputs) if return_outputs else loss
 
-    def _forward_and_pool(
-        self, model: torch.nn.Module, inputs: dict[str, Any], rows: StepRows
-    ) -> tuple[RowOutputs, RowLosses]:
-        if self.amortized_selector is None:
-            return self._forward(model, inputs, rows.layout)
-        with captured_hidden_states(self.accelerator.unwrap_model(self.model)) as hidden_states:
-            outputs, losses = self._forward(model, inputs, rows.layout)
-        pooled = pool_completions(hidden_states.pop(), inputs["labels"], rows.layout)  # (R, H)
-        self._step_pooled.append(rows.row_means(pooled[: rows.num_sequences].cpu()))
-        return outputs, losses
-
     def _objective(
         self, rows: StepRows, outputs: RowOutputs, losses: RowLosses
     ) -> tuple[torch.Tensor, PreferenceLosses | None, ImportanceRatios | None]:
         """lambda * L_val + (1 - lambda) * L_train(w), both in the rows' coefficients, and what it is made of."""
         assert rows.coefficients is not None
         preferences, ratios = None, None
-        training_losses = losses.nll[: rows.num_sequences]  # (S,)
         if rows.num_refined:
             ratios = importance_ratios(
                 outputs.log_probs,
@@ -332,9 +319,8 @@ class BilevelStep(RowGathering):
                 self.args.importance_ratio_clip,
                 self.args.importance_sampling_level,
             )
-            training_losses = row_losses(outputs.log_probs, outputs.label_mask, ratios.ratios).nll[
-                : rows.num_sequences
-            ]
+        token_ratios = None if ratios is None else ratios.ratios
+        training_losses = self._lower_level_losses(outputs, token_ratios)[: rows.num_sequences]  # (S,)
         validation_losses = losses.nll[rows.num_sequences :]  # (V,)
         if self.args.validation_loss_type == "dpo":
             preferences = preference_losses(validation_losses, rows.reference_nll, self.args.beta)
@@ -370,7 +356,7 @@ class BilevelStep(RowGathering):
         coefficients = rows.value_coefficients  # (S,)
         with value_function.active():
             with self.compute_loss_context_manager():
-                _, losses = self._forward(model, training, layout)
+                outputs, losses = self._forward(model, training, layout)
             # As in `compute_loss`: one transfer, and without the broken rows
             nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (S,) each
             self._step_value_means.append(rows.row_means(nll / num_tokens))
@@ -379,9 +365,9 @@ class BilevelStep(RowGathering):
                 training, layout = layout.select(training, finite)
                 coefficients = coefficients[finite.to(coefficients.device)]
                 with self.compute_loss_context_manager():
-                    _, losses = self._forward(model, training, layout)
+                    outputs, _ = self._forward(model, training, layout)
             if finite.any():
-                (coefficients * losses.nll).sum().backward()
+                (coefficients * self._lower_level_losses(outputs)).sum().backward()
 
     def _update_selector(self) -> None:
         losses = row_means = self._gather_batches(self._step_row_means)
@@ -391,14 +377,6 @@ class BilevelStep(RowGathering):
         self._selection.update(self.data_selector, self._step_sample_indices, row_means, losses)
         if self.amortized_selector is not None:
             self.amortized_selector.update(self._gather_batches(self._step_pooled), row_means, losses)
-
-    def _forward(
-        self, model: torch.nn.Module, inputs: dict[str, Any], layout: BatchLayout
-    ) -> tuple[RowOutputs, RowLosses]:
-        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        outputs = layout.unpack(fused_forward(model, unwrapped, inputs, self.args, **options))
-        return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
     def _zero_loss(self, outputs: RowOutputs) -> torch.Tensor:
         """Exactly 0, also when parameters are NaN, with a zero gradient for every trained parameter."""

@@ -42,6 +42,8 @@ _TRAINING_OPTIONS = (
     "pad_token",
     "max_length",
     "truncation_mode",
+    "loss_type",
+    "label_smoothing_factor",
     "completion_only_loss",
     "assistant_only_loss",
     "packing",

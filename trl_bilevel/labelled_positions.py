@@ -76,6 +76,46 @@ def fused_forward(
     )
 
 
+def full_forward(
+    model: Any, unwrapped: Any, inputs: dict[str, torch.Tensor], args: TrainingArguments, **options: Any
+) -> tuple[HeadOutputs, torch.Tensor]:
+    """
+    The same from the logits of the labelled positions, which TRL's fused head never has, for label smoothing.
+
+    Args:
+        model, unwrapped, inputs, args, options: as for [`fused_forward`].
+
+    Returns:
+        The outputs, and the mean negative log-likelihood of all tokens of the vocabulary, shape (B, L-1), in nats; 0
+        where there is no label.
+    """
+    labels = inputs["labels"][:, 1:]
+    mask = labels != -100  # (B, L-1)
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    if leaves_out_unlabelled(unwrapped, args):
+        with _labelled_hidden_states(unwrapped, mask):
+            outputs = model(**others, **options, use_cache=False)
+        logits = outputs.logits[0]  # (n, V), n labels
+    else:
+        outputs = model(**others, **options, use_cache=False)
+        logits = outputs.logits[:, -inputs["labels"].shape[1] : -1][mask]  # without virtual tokens
+    wanted = labels[mask]
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
+
+    def at_positions(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    found = HeadOutputs(
+        at_positions(log_p.gather(1, wanted[:, None])[:, 0]),
+        mask,
+        at_positions(entropy),
+        at_positions(logits.argmax(-1) == wanted),
+        outputs.aux_loss if "aux_loss" in outputs else None,
+    )
+    return found, at_positions(-log_p.mean(-1))
+
+
 class LabelScores(NamedTuple):
     """What a model says of the labels, each of shape (B, L-1)."""
 

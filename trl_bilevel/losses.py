@@ -99,6 +99,47 @@ def row_losses(log_probs: torch.Tensor, label_mask: torch.Tensor, ratios: torch.
     return RowLosses(nll=nll, num_tokens=label_mask.sum(dim=1))
 
 
+def lower_level_losses(
+    log_probs: torch.Tensor,
+    label_mask: torch.Tensor,
+    loss_type: str,
+    label_smoothing: float = 0.0,
+    uniform_nll: torch.Tensor | None = None,
+    ratios: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    What the model descends on the training rows, summed over the tokens of each, shape (B,), as TRL has it:
+
+        nll_t = -log p(y_t)                                                            (loss_type="nll")
+        sg( p(y_t) ) * nll_t                                                           (loss_type="dft")
+        (1 - eps) * nll_t - eps * mean_v log p(v)                                      (label smoothing)
+
+    Args:
+        log_probs, label_mask, ratios: as for [`row_losses`].
+        loss_type (`"nll"` or `"dft"`): dynamic fine-tuning (arXiv 2508.05629) multiplies by the probability.
+        label_smoothing (`float`): eps.
+        uniform_nll (`torch.Tensor`, *optional*): -mean_v log p(v), shape (B, L-1), for label smoothing.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> log_probs, mask = torch.tensor([[0.5, 0.25]]).log(), torch.ones(1, 2, dtype=bool)
+    >>> lower_level_losses(log_probs, mask, "dft") / torch.tensor(2.0).log()  # 0.5 * 1 bit + 0.25 * 2 bits
+    tensor([1.])
+
+    ```
+    """
+    weights = ratios
+    if loss_type == "dft":
+        probabilities = log_probs.detach().exp()
+        weights = probabilities if ratios is None else ratios * probabilities
+    losses = row_losses(log_probs, label_mask, weights).nll
+    if uniform_nll is None or label_smoothing == 0:
+        return losses
+    return (1 - label_smoothing) * losses + label_smoothing * row_losses(-uniform_nll, label_mask, ratios).nll
+
+
 def importance_ratios(
     log_probs: torch.Tensor,
     label_mask: torch.Tensor,

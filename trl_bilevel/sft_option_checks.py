@@ -10,15 +10,10 @@ def check_sft_options(args: SFTConfig) -> None:
     Raises:
         `ValueError`: names the option, and what to use instead.
     """
-    if args.loss_type != "nll":
+    if args.loss_type not in ("nll", "dft"):
         raise ValueError(
-            f"`loss_type={args.loss_type!r}` is not supported: row weights are learned from the rows' negative "
-            "log-likelihood. Use `loss_type='nll'`."
-        )
-    if args.label_smoothing_factor != 0:
-        raise ValueError(
-            f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported: it needs the full logits, "
-            "which are never built. Set it to 0."
+            f"Invalid `loss_type` {args.loss_type!r}. Supported values are 'nll' and 'dft': each token's loss must be a "
+            "multiple of its negative log-likelihood."
         )
     if args.packing and args.packing_strategy != "bfd":
         raise ValueError(
