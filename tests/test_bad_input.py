@@ -36,7 +36,7 @@ ROWS = prompt_completion_rows(24)
         ),
         ({"bmo_temperature": 0.5}, "`bmo_temperature=0.5` has no effect with `selection_method='bds'`"),
         ({"filter_ratio": 1.0}, "`filter_ratio` must be at least 0 and less than 1, got 1.0"),
-        ({"loss_type": "hinge"}, "Invalid `loss_type` 'hinge'. Supported values are 'nll' and 'dft'"),
+        ({"loss_type": "hinge"}, "Invalid `loss_type` hinge passed. Supported values are 'nll' and 'dft'"),
         ({"packing": True, "packing_strategy": "wrapped"}, "cuts rows into pieces"),
         ({"packing": True, "max_length": None}, "needs `max_length`"),
         ({"train_sampling_strategy": "batch_rebalance"}, "Use 'random', 'sequential' or 'group_by_length'"),

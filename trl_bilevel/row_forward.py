@@ -8,7 +8,7 @@ from trl import SFTTrainer
 from .amortized_selector import AmortizedSelector, captured_hidden_states, pool_completions
 from .batch_layout import BatchLayout, RowOutputs
 from .bilevel_sft_config import BilevelSFTConfig
-from .labelled_positions import fused_forward, full_forward
+from .labelled_positions import full_forward, fused_forward
 from .losses import RowLosses, lower_level_losses, row_losses
 from .step_rows import StepRows
 

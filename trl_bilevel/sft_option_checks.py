@@ -12,8 +12,8 @@ def check_sft_options(args: SFTConfig) -> None:
     """
     if args.loss_type not in ("nll", "dft"):
         raise ValueError(
-            f"Invalid `loss_type` {args.loss_type!r}. Supported values are 'nll' and 'dft': each token's loss must be a "
-            "multiple of its negative log-likelihood."
+            f"Invalid `loss_type` {args.loss_type} passed. Supported values are 'nll' and 'dft', multiples of each "
+            "token's negative log-likelihood."
         )
     if args.packing and args.packing_strategy != "bfd":
         raise ValueError(
