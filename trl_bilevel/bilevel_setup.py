@@ -218,7 +218,7 @@ class BilevelSetup(SFTTrainer):
             # A row that is rather good than bad counts as proved
             self.data_selector.start_with(prior.good_probability, neutral=min(0.5, prior.good_share))
         self._has_adaptive_weight = resolve_adaptive_validation_weight(
-            args, self.data_selector, len(self.validation_dataset), is_screened=True
+            args, self.data_selector, len(self.validation_dataset), is_screened=self.value_function is None
         )
         self._set_validation_batch_size()
         self._run_facts["method"] = "BDS, weights from a screen" + " and a value function" * bool(self.value_function)
