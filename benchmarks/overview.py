@@ -21,6 +21,7 @@ from lib.method_names import (
     BMO,
     BMO_SHARP,
     CONFIDENCE,
+    DEFAULT,
     DIFFERENCE,
     DSIR,
     EQUAL_WEIGHTS,
@@ -58,6 +59,7 @@ UNTOLD_PAIRS = {
     "second round on proved rows, minus one run": (PROVED_ROUND, FIRST_ROUND),
     "one run of BDS, minus SFT": (FIRST_ROUND, SFT),
 }
+_FEWEST_ROWS = 30  # for a point
 UNTOLD = (SFT, TRUSTED, ABOVE_ZERO, FIRST_ROUND, PROVED_ROUND)
 """None of them knows how many rows are good."""
 CLOSEST = {
@@ -267,7 +269,67 @@ def cost_table(results: Results) -> str:
     return markdown(["method", "seeds", "processor time, of SFT's"], rows)
 
 
+SIMPLE = (SFT, SFT_LOSS, TRUSTED_LOSS, DIFFERENCE)
+"""Losses that rank rows; the first by that of the model that was trained on all of them."""
+
+
+def default_run_table(results: Results) -> str:
+    """The default run, told nothing, beside the alternatives on the seeds that it has: means over them."""
+    rows = []
+    for problem in TOYS:
+        of_default = results.values(problem, DEFAULT, "exact_match")
+
+        def mean(method: str, measure: str) -> float:
+            by_seed = results.values(problem, method, measure)  # noqa: B023
+            return statistics.mean(by_seed[seed] for seed in of_default)  # noqa: B023
+
+        if of_default:
+            matches = (DEFAULT, FIRST_ROUND, SFT, TRUSTED, ABOVE_ZERO, DIFFERENCE, ORACLE)
+            best = max(mean(method, "auroc") for method in SIMPLE)
+            cells = [mean(method, "exact_match") for method in matches]
+            cells += [mean(DEFAULT, "auroc"), best]
+            cells += [mean(DEFAULT, measure) for measure in ("noise_rate", "dropped", "good_among_dropped")]
+            rows.append([_label(problem), str(len(of_default)), *(f"{cell:.3f}" for cell in cells)])
+    heads = ["default", "learned weights", "SFT", "SFT, trusted rows", "difference above zero", "difference, told"]
+    return markdown(
+        [
+            "problem",
+            "seeds",
+            *heads,
+            "oracle",
+            "AUROC",
+            "best of four losses",
+            "noise rate",
+            "dropped",
+            "good among them",
+        ],
+        rows,
+    )
+
+
+def reliability_figure(results: Results) -> Figure:
+    """How many rows are good among those of about one probability, on all problems, for a line each."""
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+    for problem in TOYS:
+        points = []
+        for part in range(10):
+            rows, good, believed = (
+                sum(results.values(problem, DEFAULT, f"{name} {part}").values())
+                for name in ("rows", "good", "believed")
+            )
+            if rows >= _FEWEST_ROWS:
+                points.append((believed / rows, good / rows))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=_label(problem))
+    axes.set(xlabel="probability that a row is good", ylabel="share of good rows", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=7)
+    return figure
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
+    "default run": default_run_table,
     "verdict": verdict_table,
     **{f"closest {measure}": lambda results, key=measure: closest_table(results, key) for measure in MEASURES},
     "closest kept_good": lambda results: closest_table(results, "kept_good"),
@@ -359,6 +421,7 @@ def main(args: OverviewArguments) -> None:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)
         difference_figure(results).savefig(folder / "against_losses.png", dpi=120)
+        reliability_figure(results).savefig(folder / "reliability_of_probabilities.png", dpi=120)
         sweep_figures(results, folder, SEEDS)
 
 
