@@ -64,7 +64,7 @@ def _with_ids(ids):
         ({"train_dataset": ROWS.select([])}, ValueError, "`train_dataset` is empty"),
         ({"train_dataset": DatasetDict(train=ROWS)}, TypeError, "got `DatasetDict`.*Pass one of its splits"),
         ({"validation_dataset": ROWS.to_list()}, TypeError, "got `list`"),
-        ({"train_dataset": ROWS.add_column("image", [0] * 24)}, ValueError, "image rows are not supported"),
+        ({"train_dataset": ROWS.add_column("image", [0] * 24)}, ValueError, "must have the same columns of images"),
         ({"train_dataset": ROWS.add_column("rank", [0] * 24)}, ValueError, r"remove_columns\(\['rank'\]\)"),
         (
             {"validation_dataset": Dataset.from_dict({"input_ids": [[1, 2]] * 8})},

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .paired_batches import ROW_LENGTHS, ROW_WIDTHS
+from .paired_batches import HAS_IMAGES, ROW_LENGTHS, ROW_WIDTHS
 
 
 class RowOutputs(NamedTuple):
@@ -36,6 +36,8 @@ class PaddedLayout:
             of the selected rows needs.
     """
 
+    can_select = True
+
     def __init__(self, widths: torch.Tensor | None = None):
         self.widths = widths
 
@@ -60,6 +62,17 @@ class PaddedLayout:
         return (token_values.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+class ImageLayout(PaddedLayout):
+    """A sequence of the batch per row, and images of which no input says whose they are."""
+
+    can_select = False
+
+    def select(self, inputs: dict[str, Any], rows: torch.Tensor) -> tuple[dict[str, Any], PaddedLayout]:
+        """All rows as they are; no others can be selected."""
+        assert rows.all()
+        return inputs, self
+
+
 class PaddingFreeLayout:
     """
     All rows in one sequence, one after the other, as TRL's collator lays out packed and padding-free batches.
@@ -68,6 +81,8 @@ class PaddingFreeLayout:
         lengths (`torch.Tensor`): tokens of each row, int64 of shape (R,), on the CPU.
         device (`torch.device`): of the model's inputs.
     """
+
+    can_select = True
 
     def __init__(self, lengths: torch.Tensor, device: torch.device):
         self.lengths = lengths
@@ -131,6 +146,8 @@ BatchLayout = PaddedLayout | PaddingFreeLayout
 def pop_layout(batch: dict[str, Any], device: torch.device) -> BatchLayout:
     """The layout of a paired batch, out of what its collator said of it; `device` is that of the model's inputs."""
     lengths, widths = batch.pop(ROW_LENGTHS, None), batch.pop(ROW_WIDTHS, None)
+    if batch.pop(HAS_IMAGES, False):
+        return ImageLayout()
     if lengths is not None:
         return PaddingFreeLayout(torch.tensor(lengths), device)
     return PaddedLayout(None if widths is None else torch.tensor(widths))

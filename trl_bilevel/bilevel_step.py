@@ -269,6 +269,8 @@ class BilevelStep(RowForward, RowGathering):
         if self._any_process(num_nonfinite > 0):
             # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
             # All processes take part in the second forward pass, also one that has nothing left to learn from.
+            if not rows.layout.can_select:
+                finite = torch.zeros_like(finite)
             staying = finite if finite.any() else ~finite
             inputs, layout = rows.layout.select(inputs, staying)
             outputs, losses = self._forward(model, inputs, layout)
@@ -278,8 +280,8 @@ class BilevelStep(RowForward, RowGathering):
             loss = self._zero_loss(outputs)
             losses = RowLosses(losses.nll[:0], losses.num_tokens[:0])
             logger.warning(
-                f"All {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If this goes on, "
-                "the model has diverged: lower `learning_rate`."
+                f"{num_nonfinite} of {len(finite)} rows of a batch have a NaN or infinite loss, so it was skipped. If "
+                "this goes on, the model has diverged: lower `learning_rate`."
             )
         else:
             loss, preferences, ratios = self._objective(rows, outputs, losses)
@@ -351,16 +353,22 @@ class BilevelStep(RowForward, RowGathering):
         assert rows.value_coefficients is not None
         model = self.accelerator.unwrap_model(self.model)
         batch = self._prepare_inputs({name: value for name, value in inputs.items() if name != STEP_ROWS})
-        is_training = torch.arange(len(rows.num_tokens)) < rows.num_sequences  # (R,)
-        training, layout = rows.layout.select(batch, is_training)
-        coefficients = rows.value_coefficients  # (S,)
+        coefficients, num_trusted = rows.value_coefficients, len(rows.num_tokens) - rows.num_sequences  # (S,)
+        if rows.layout.can_select:
+            is_training = torch.arange(len(rows.num_tokens)) < rows.num_sequences  # (R,)
+            training, layout = rows.layout.select(batch, is_training)
+        else:  # the trusted rows come along, and count for nothing
+            training, layout = batch, rows.layout
+            coefficients = torch.cat([coefficients, coefficients.new_zeros(num_trusted)])  # (R,)
         with value_function.active():
             with self.compute_loss_context_manager():
                 outputs, losses = self._forward(model, training, layout)
             # As in `compute_loss`: one transfer, and without the broken rows
-            nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (S,) each
-            self._step_value_means.append(rows.row_means(nll / num_tokens))
+            nll, num_tokens = torch.stack([losses.nll.detach(), losses.num_tokens]).cpu()  # (S,) or (R,) each
+            self._step_value_means.append(rows.row_means((nll / num_tokens)[: rows.num_sequences]))
             finite = nll.isfinite()
+            if not layout.can_select:
+                finite = finite.all().expand(len(finite))
             if not finite.all() and finite.any():
                 training, layout = layout.select(training, finite)
                 coefficients = coefficients[finite.to(coefficients.device)]

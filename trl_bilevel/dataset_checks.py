@@ -29,7 +29,7 @@ _MOST_NAMED = 10
 
 def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_formatting_func: bool) -> None:
     """
-    Check that both datasets are there, textual, not empty, and of kinds that fit each other.
+    Check that both datasets are there, not empty, and of kinds that fit each other.
 
     Args:
         training, validation: what the user passed.
@@ -38,7 +38,8 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
 
     Raises:
         `TypeError`: for something that is not a `datasets.Dataset`.
-        `ValueError`: for a missing or empty dataset, images, or columns that the curated dataset adds itself.
+        `ValueError`: for a missing or empty dataset, images in one of them only, or columns that the curated dataset
+            adds itself.
     """
     columns: dict[str, list[str]] = {}
     for name, dataset in (("train_dataset", training), ("validation_dataset", validation)):
@@ -61,14 +62,9 @@ def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_f
                 f"The rows of `{name}` are packed already (columns 'input_ids' and 'seq_lengths'), and each row has "
                 "a weight of its own. Pass them as they were before packing, and set `packing=True`."
             )
-        images = {"image", "images"} & set(columns[name])
-        if images:
-            raise ValueError(
-                f"`{name}` has the column {images.pop()!r}: image rows are not supported. Use text rows, or "
-                "`SFTTrainer`."
-            )
     training_columns, validation_columns = columns["train_dataset"], columns["validation_dataset"]
     _check_kinds(training_columns, validation_columns, args, has_formatting_func)
+    _check_images(columns, args)
     taken = sorted({*CURATION_COLUMNS, SAMPLE_INDEX_COLUMN} & set(training_columns))
     if taken:
         raise ValueError(
@@ -114,6 +110,24 @@ def _check_kinds(
                 f"losses cover the same tokens. Their columns are {training_columns} and "
                 f"{validation_columns}."
             )
+
+
+def _check_images(columns: dict[str, list[str]], args: BilevelSFTConfig) -> None:
+    """Rows of both datasets go through one collator, which reads the same columns of all of them."""
+    images = {name: sorted({"image", "images"} & {*names}) for name, names in columns.items()}
+    if not any(images.values()):
+        return
+    if args.validation_loss_type == "dpo" or args.refine_ratio > 0:
+        option = "validation_loss_type='dpo'" if args.validation_loss_type == "dpo" else "refine_ratio"
+        raise ValueError(
+            f"`{option}` is not supported with images (columns {images}): it reads the tokens of prompts, which say "
+            "nothing of the images. Leave it out, or drop the images."
+        )
+    if images["train_dataset"] != images["validation_dataset"]:
+        raise ValueError(
+            f"`train_dataset` and `validation_dataset` must have the same columns of images, got {images}. Rename "
+            "one, or give rows without an image an empty list in a column 'images'."
+        )
 
 
 def stream_column_names(stream: IterableDataset) -> list[str]:

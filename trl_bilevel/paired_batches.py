@@ -37,6 +37,8 @@ ROW_LENGTHS = "row_lengths"
 ROW_WIDTHS = "row_widths"
 """Batch key: list of int, the columns of a padded batch that each sequence needs; only where all inputs are (R, L) and
 padded on the right by TRL's collator."""
+HAS_IMAGES = "has_images"
+"""Batch key: `True` where rows have images, which processors put one after the other, as many as a row has."""
 OPTIMIZER_STEP = "optimizer_step"
 """Key of a training row on its way to the collator: the step that trains on it, from 0."""
 _OURS = (SAMPLE_INDEX_COLUMN, REFERENCE_NLL, OPTIMIZER_STEP)
@@ -286,6 +288,7 @@ class PairedCollator:
         refresh_delay (`int`): optimizer steps that a refresh takes to reach the batches: they are collated ahead. With
             it, what a step trains on depends on the step alone, and a resumed run sees the same.
         padding_free (`bool`): whether the collator is TRL's and puts all rows into one sequence.
+        has_images (`bool`): whether rows have images, which the collator processes.
     """
 
     def __init__(
@@ -294,8 +297,10 @@ class PairedCollator:
         self_refining: SelfRefiningCollator | None = None,
         refresh_delay: int = 0,
         padding_free: bool = False,
+        has_images: bool = False,
     ):
         self.collator = collator
+        self.has_images = has_images
         self.padding_free = padding_free
         self.self_refining = self_refining
         self.refresh_delay = refresh_delay
@@ -329,7 +334,9 @@ class PairedCollator:
                 )
             num_tokens = row_labels[:, 1:].ne(-100).sum(dim=1).tolist()
             widths = _row_widths(self.collator, batch)
-            if widths is not None:
+            if self.has_images:
+                batch[HAS_IMAGES] = True
+            elif widths is not None:
                 batch[ROW_WIDTHS] = widths
         # Lists, not tensors: they stay on the host, where rows are weighed without waiting for the device
         batch[SAMPLE_INDICES] = sample_indices

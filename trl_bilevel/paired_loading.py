@@ -125,7 +125,9 @@ class PairedLoading(SFTTrainer):
             self_refining = SelfRefiningCollator(self.data_collator)
             self_refining.store = self.response_store
         collator = self.data_collator
-        self.data_collator = PairedCollator(collator, self_refining, self._refresh_delay, self.padding_free)
+        self.data_collator = PairedCollator(
+            collator, self_refining, self._refresh_delay, self.padding_free, self._is_vision_dataset
+        )
         dataset: PairedDataset | PairedStream
         if self._is_streamed:
             dataset = self._paired_stream(training)

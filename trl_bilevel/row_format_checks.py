@@ -30,8 +30,14 @@ def check_row_formats(
     if args.validation_loss_type == "nll":
         named["validation_dataset"] = validation
     first_rows = {name: next(iter(dataset)) for name, dataset in named.items()}
+    all_read = {name: columns_read(name, row, args.dataset_text_field) for name, row in first_rows.items()}
+    if {"image", "images"} & {*first_rows["train_dataset"]} and len({*map(tuple, all_read.values())}) > 1:
+        raise ValueError(
+            f"Rows with images are tokenized in batches, which must be read alike, but of the datasets {all_read} are "
+            "read. Give both the same columns."
+        )
     for name, dataset in named.items():
-        read = columns_read(name, first_rows[name], args.dataset_text_field)
+        read = all_read[name]
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
             refuse_gaps(name, dataset, read)
     if "validation_dataset" in named:

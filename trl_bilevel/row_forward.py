@@ -25,10 +25,18 @@ class RowForward(SFTTrainer):
     ) -> tuple[RowOutputs, RowLosses]:
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         unwrapped = self.accelerator.unwrap_model(self.model)
-        if torch.is_grad_enabled() and self._label_smoothing:
-            outputs = layout.unpack(*full_forward(model, unwrapped, inputs, self.args, **options))
-        else:
-            outputs = layout.unpack(fused_forward(model, unwrapped, inputs, self.args, **options))
+        try:
+            if torch.is_grad_enabled() and self._label_smoothing:
+                outputs = layout.unpack(*full_forward(model, unwrapped, inputs, self.args, **options))
+            else:
+                outputs = layout.unpack(fused_forward(model, unwrapped, inputs, self.args, **options))
+        except ValueError as error:
+            if "Image features and image tokens do not match" not in str(error):
+                raise
+            raise ValueError(
+                f"`max_length={self.args.max_length}` cuts off tokens that stand for an image, but not the image. "
+                "Raise `max_length`, or set it to `None`."
+            ) from error
         return outputs, row_losses(outputs.log_probs, outputs.label_mask)
 
     def _forward_and_pool(

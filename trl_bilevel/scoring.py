@@ -31,7 +31,7 @@ from .assistant_turns import prepare_answers
 from .batch_layout import PaddedLayout, padded
 from .labelled_positions import fused_forward
 from .losses import row_losses
-from .paired_batches import read_sample_indices
+from .paired_batches import read_sample_indices, without_our_keys
 from .parquet_files import open_parquet, pieces_of_stream
 from .row_format_checks import columns_read, refuse_gaps
 from .run_settings import row_options
@@ -118,14 +118,16 @@ class RowScorer:
         """
         trainer = self.trainer
         indexed = prepare_answers(trainer, rows, "scored")
-        if "input_ids" not in indexed.column_names:
+        if "input_ids" not in indexed.column_names and not trainer._is_vision_dataset:
             raise ValueError("Only rows that are tokenized before the data collator can be scored.")
         positions = read_sample_indices(indexed)
-        # Rows of similar length share a batch; the longest first, so that memory runs out at once or not at all
-        lengths = pa.compute.list_value_length(
-            indexed.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
-        ).to_numpy()
-        order = np.argsort(-lengths, kind="stable")
+        order = np.arange(len(indexed))
+        if "input_ids" in indexed.column_names:
+            # Rows of similar length share a batch; the longest first, so that memory runs out at once or not at all
+            lengths = pa.compute.list_value_length(
+                indexed.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
+            ).to_numpy()
+            order = np.argsort(-lengths, kind="stable")
 
         columns: dict[str, np.ndarray] = {"loss": np.full(len(rows), np.nan)}
         if self.value_function is not None:
@@ -139,6 +141,8 @@ class RowScorer:
                 batch_rows = order[start : start + self.batch_size]
                 examples = [
                     {"input_ids": row["input_ids"], "labels": row.get("labels", row["input_ids"])}
+                    if "input_ids" in row
+                    else without_our_keys(row)  # with images, which the collator tokenizes
                     for row in indexed.select(batch_rows)
                 ]
                 for name, values in self._score_batch(
