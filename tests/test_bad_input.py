@@ -38,7 +38,7 @@ ROWS = prompt_completion_rows(24)
         ({"filter_ratio": 1.0}, "`filter_ratio` must be at least 0 and less than 1, got 1.0"),
         ({"loss_type": "hinge"}, "Invalid `loss_type` hinge passed. Supported values are 'nll' and 'dft'"),
         ({"packing": True, "packing_strategy": "wrapped"}, "cuts rows into pieces"),
-        ({"packing": True, "max_length": None}, "needs `max_length`"),
+        ({"packing": True, "max_length": None}, "When packing is enabled, `max_length` can't be `None`."),
         ({"train_sampling_strategy": "batch_rebalance"}, "Use 'random', 'sequential' or 'group_by_length'"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
         ({"accelerator_config": {"split_batches": True}}, "`split_batches=True` is not supported"),

@@ -124,14 +124,14 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": SELECTIVE, "peft_config": "lora"},
         "does not work with a PEFT adapter",
         ("test_memory_and_speed_options.py::test_selective_checkpointing",),
-        "`selective` with an adapter; works without",
+        "`selective` with an adapter, whose layers PyTorch's own checkpointing runs; works without",
     ),
     "gradient_checkpointing": Same(True, {"activation_checkpointing": None}, changes=False),
     "gradient_checkpointing_kwargs": Refused(
         {"activation_checkpointing": True, "gradient_checkpointing_kwargs": SELECTIVE, "peft_config": "lora"},
         "does not work with a PEFT adapter",
         ("test_memory_and_speed_options.py::test_selective_checkpointing",),
-        "`selective` with an adapter; works without",
+        "`selective` with an adapter, whose layers PyTorch's own checkpointing runs; works without",
     ),
     "torch_compile": ShownBy(("test_memory_and_speed_options.py::test_compiled_model",)),
     "torch_compile_backend": ShownBy(("test_memory_and_speed_options.py::test_compiled_model",)),
@@ -141,7 +141,11 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
     "use_cache": Same(True, changes=False),
     "neftune_noise_alpha": ShownBy(("neftune_is_noise_in_training_only",), "noise on training and trusted rows"),
     "torch_empty_cache_steps": ShownBy(("cache_is_emptied_as_often_as_by_sft",)),
-    "auto_find_batch_size": Refused({"auto_find_batch_size": True}, "`auto_find_batch_size=True` is not supported"),
+    "auto_find_batch_size": Refused(
+        {"auto_find_batch_size": True},
+        "`auto_find_batch_size=True` is not supported",
+        note="a retry would start with the rows' weights of the failed attempt",
+    ),
     "logging_strategy": Same("epoch"),
     "logging_steps": Same(3),
     "logging_first_step": Same(True, {"logging_steps": 3}),
@@ -203,14 +207,15 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
         {"accelerator_config": {"split_batches": True}},
         "`split_batches=True` is not supported",
         ("test_bad_input.py::test_wrong_options", "other_seeds_of_the_sampler"),
-        "`split_batches`, `dispatch_batches` and, without `dataloader_drop_last`, `even_batches=False`; "
+        "`split_batches` and `dispatch_batches`, which cut up batches of rows that belong together, and, without "
+        "`dataloader_drop_last`, `even_batches=False`, which leaves a process alone in the selector's step; "
         "the others work",
     ),
     "parallelism_config": Refused(
         {"parallelism_config": "tensor"},
         "Tensor, context and sequence parallelism are not supported",
         ("test_scale.py::test_fsdp2_equals_one_process",),
-        "tensor, context and sequence parallelism; data parallelism works",
+        "tensor, context and sequence parallelism, which split a row's loss over processes; data parallelism works",
     ),
     "dataloader_drop_last": Same(
         True, {"max_steps": -1, "num_train_epochs": 2.0, "per_device_train_batch_size": 5}
@@ -227,7 +232,8 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
         {"train_sampling_strategy": "batch_rebalance"},
         "`train_sampling_strategy='batch_rebalance'` is not supported",
         ("rows_come_in_the_order_of_sft", "test_invariants.py::test_without_validation_term_it_is_sft"),
-        "`'batch_rebalance'`; the others give the order of `SFTTrainer`",
+        "`'batch_rebalance'`, which deals out batches without their trusted rows; the others give the order of "
+        "`SFTTrainer`",
     ),
     "length_column_name": Same(
         "size", {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}, rows="sized"
@@ -274,7 +280,8 @@ OPTIONS: dict[str, Same | ShownBy | Refused | Passed] = {
         {"packing": True, "packing_strategy": "wrapped"},
         "it cuts rows into pieces",
         ("test_packing.py::test_rows_are_packed_as_trl_packs_them",),
-        "all but `'bfd'`",
+        "`'wrapped'` and `'bfd_split'`: pieces of a row are in different steps, and its loss, which its weight "
+        "follows, is known after the last of them",
     ),
     "padding_free": ShownBy(("test_packing.py::test_same_curated_dataset_as_unpacked",)),
     "pad_to_multiple_of": ShownBy(("batches_are_padded_as_those_of_sft",)),
@@ -858,6 +865,30 @@ this page anew.
 """  # noqa: E501
 
 
+_ARGUMENTS = """
+## Arguments and rows
+
+What TRL's own tests of `SFTTrainer` train on is in `tests/test_trl_situations.py` and `tests/test_images.py`, each compared with `SFTTrainer`;
+`benchmarks/trl_tests.py` runs TRL's tests themselves with the class swapped. Fewer training rows than a batch are a smaller batch, as there. What is
+refused, and why:
+
+| | why | instead |
+|---|---|---|
+| no `validation_dataset` | it says what a good row is | `SFTTrainer` |
+| an empty dataset | nothing to train on; `SFTTrainer` ends with a `StopIteration` | |
+| fewer trusted rows than a `per_device_validation_batch_size` that was set asks for | the option could not be honoured | leave it out |
+| a stream of more than 10,000 trusted rows | every step needs any of them, so they are held in memory | `.take(10_000)`, or no stream |
+| a `DatasetDict` as a dataset | one split is trained on, as in `SFTTrainer` | a split of it |
+| a stream without `sample_id_column` | a row's position says nothing in a stream | name the column |
+| rows that are packed already | a weight for several rows at once | the rows, and `packing=True` |
+| images in one of the two datasets only | one collator reads the rows of both | `images: []` |
+| images with refinement, preference pairs or `screen=True` | these read tokens, which say nothing of an image | leave them out |
+| `compute_loss_func` | it would replace the objective | override `compute_loss`, and add to `super().compute_loss(...)` |
+| a data collator that changes the number of rows | a loss belongs to a row | one sequence per row |
+| columns `weight`, `rank` and the others that `curate` adds | it would write over them | rename them |
+"""  # noqa: E501
+
+
 def render_page() -> str:
     """`docs/drop_in.md`."""
     introduction = _INTRODUCTION.format(
@@ -871,7 +902,7 @@ def render_page() -> str:
     lines = [
         f"| `{name}` | {_verdict(name)} | {_shown_by(name)} | {proof.note} |\n" for name, proof in OPTIONS.items()
     ]
-    return introduction + "".join(lines)
+    return introduction + "".join(lines) + _ARGUMENTS
 
 
 def _verdict(name: str) -> str:

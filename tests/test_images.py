@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET_CPU_RUN, build_tokenizer
+from conftest import QUIET_CPU_RUN, build_tokenizer, prompt_completion_rows
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -129,6 +129,17 @@ def test_without_validation_term_it_is_sft(make_vlm_trainer, build_vlm, processo
     expected = dict(reference.model.named_parameters())
     for name, value in trainer.model.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_text_alone_trains_the_language_model_alone(make_vlm_trainer):
+    """A processor, and rows that are tokenized beforehand as those of a text model."""
+    rows, trusted = (prompt_completion_rows(12, offset) for offset in (0, 100))
+    trainer = make_vlm_trainer(train_dataset=rows, validation_dataset=trusted)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith("model.")} == {"language_model"}
+    assert trainer.data_selector.weights().std() > 0
 
 
 def test_rows_unlike_the_trusted_ones_lose_weight(make_vlm_trainer):

@@ -21,7 +21,7 @@ def check_sft_options(args: SFTConfig) -> None:
             "one weight. Use 'bfd'."
         )
     if args.packing and args.max_length is None:
-        raise ValueError("`packing=True` needs `max_length`, the tokens of a packed sequence.")
+        raise ValueError("When packing is enabled, `max_length` can't be `None`. It is the tokens of a sequence.")
     if args.packing and args.train_sampling_strategy == "group_by_length":
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` has no effect with `packing=True`: packed sequences are "
