@@ -136,7 +136,7 @@ GAP = Dataset.from_list([*ROWS.select(range(22)), {"prompt": "a", "completion": 
         ),
         (TALKS.add_column("prompt", ["a"] * 24), TALKS, {}, "has a column 'prompt' and no 'completion'"),
         (TALKS.rename_column("messages", "conversations"), TALKS, {}, "'conversations' of 'from' and 'value'"),
-        (TALKS, TEXT, {"assistant_only_loss": True}, "needs conversations in `validation_dataset` too"),
+        (TALKS, TEXT, {"assistant_only_loss": True}, "holds conversations"),
     ],
 )
 def test_wrong_row_formats(make_config, training, validation, options, message):
@@ -187,7 +187,7 @@ def test_masks_that_nothing_reads_are_refused(make_trainer):
 
 def test_shared_rows_are_counted(make_trainer):
     trusted = Dataset.from_list([*ROWS.select([3, 9]), *prompt_completion_rows(8, 1000)])
-    with pytest.warns(UserWarning, match="2 training rows are also in `validation_dataset`"):
+    with pytest.warns(UserWarning, match=r"^2 training rows are also in `validation_dataset`.*: sample ids 3, 9\. "):
         make_trainer(validation_dataset=trusted)
 
 
@@ -251,3 +251,35 @@ def test_loss_function_of_the_user_is_refused(make_trainer):
 def test_wrong_keep_ratio(make_trainer, keep_ratio):
     with pytest.raises(ValueError, match=f"larger than 0 and at most 1, got {keep_ratio}"):
         make_trainer().curate(keep_ratio)
+
+
+SPOKEN = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}] * 24
+)
+
+
+@pytest.mark.parametrize(
+    ("training", "validation"), [(TALKS, TEXT), (TEXT, TALKS), (SPOKEN, ROWS), (ROWS, SPOKEN)], ids="abcd"
+)
+def test_text_beside_conversations_is_refused(make_trainer, training, validation):
+    with pytest.raises(ValueError, match=r"holds conversations .* plain text .* Bring both into one"):
+        make_trainer(train_dataset=training, validation_dataset=validation)
+
+
+def test_empty_answers_are_counted(make_trainer, caplog):
+    rows = Dataset.from_list([{**row, "completion": " " if number % 2 else ""} for number, row in enumerate(ROWS)])
+    mixed = Dataset.from_list([*ROWS.select(range(20)), *rows.select(range(12))])
+    make_trainer(train_dataset=mixed)
+    assert "12 of 32 rows of `train_dataset` have an empty answer" in caplog.text
+    assert "20, 21, 22, 23, 24, 25, 26, 27, 28, 29, ... Drop" in caplog.text
+    assert "rows of `validation_dataset` have an empty answer" not in caplog.text
+
+
+def test_empty_answers_of_conversations_are_counted(make_trainer, caplog):
+    def talk(answer):
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]}
+
+    silent = Dataset.from_list([talk("b"), talk(""), *[talk("c")] * 8])
+    make_trainer(train_dataset=TALKS, validation_dataset=silent)
+    assert "1 of 10 rows of `validation_dataset` have an empty answer" in caplog.text
+    assert "Counted from 0 they are 1. Drop" in caplog.text

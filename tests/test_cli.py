@@ -272,3 +272,29 @@ def test_local_folders_and_files_load(files, tmp_path):
         load_split(str(tmp_path / "rows.txt"), None, "train")
     with pytest.raises(FileNotFoundError, match=r"row\.csv is no file here\. Did you mean .*rows\.csv\?"):
         load_split(str(tmp_path / "row.csv"), None, "train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_with_the_characters_of_a_pattern(tmp_path, streaming):
+    """`datasets` would read the rows of the folder that the pattern matches, without a word."""
+    for name, offset in (("rows1", 100), ("rows[1]", 200), ("rows*?", 300)):
+        (tmp_path / name).mkdir()
+        prompt_completion_rows(3, offset).to_parquet(tmp_path / name / "train.parquet")
+        prompt_completion_rows(2, offset).to_parquet(tmp_path / name / "test.parquet")
+    for name, offset in (("rows1", 100), ("rows[1]", 200), ("rows*?", 300)):
+        for split, num_rows in (("train", 3), ("test", 2)):
+            rows = load_split(str(tmp_path / name), None, split, streaming=streaming)
+            assert [*rows] == [*prompt_completion_rows(num_rows, offset)]
+        file = load_split(str(tmp_path / name / "test.parquet"), None, "train", streaming=streaming)
+        assert [*file] == [*prompt_completion_rows(2, offset)]
+
+
+def test_folder_whose_name_cannot_be_followed(tmp_path):
+    folder = tmp_path / "rows[1]"
+    folder.mkdir()
+    prompt_completion_rows(3).to_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match=r"by which its card cannot be followed\. Rename the folder"):
+        load_split(str(folder), "main", "train")
+    prompt_completion_rows(3).to_json(folder / "test.jsonl")
+    with pytest.raises(ValueError, match=r"has files of the types \['.jsonl', '.parquet'\]. Name one file"):
+        load_split(str(folder), None, "train")

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import prompt_completion_rows
+from conftest import QUIET_CPU_RUN, prompt_completion_rows
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from trl_bilevel.losses import preference_losses
@@ -246,3 +246,28 @@ def test_too_few_pairs_with_a_reference_are_refused_before_training(
     if len(broken) < 6:
         trainer = make_trainer(**options, max_steps=1)
         assert len(trainer.validation_dataset) == trainer.validation_batch_size == 3
+
+
+def test_reference_is_what_an_adapter_has_learned_before(make_trainer, build_model, tokenizer, tmp_path):
+    """Else the first step would already see rewards: those of the earlier training."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(build_model(), config).save_pretrained(tmp_path / "adapter")  # far from the base
+
+    def load():
+        return PeftModel.from_pretrained(build_model(), tmp_path / "adapter", is_trainable=True)
+
+    pairs = _pairs(8)
+    trainer = make_trainer(
+        model=load(), validation_dataset=pairs, validation_loss_type="dpo", learning_rate=0.0, max_steps=1
+    )
+    trainer.train()
+    options = {**QUIET_CPU_RUN, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_steps": 1}
+    dpo = DPOTrainer(
+        load(), args=DPOConfig(str(tmp_path / "dpo"), **options), train_dataset=pairs, processing_class=tokenizer
+    )
+    dpo.train()
+    for side in ("chosen", "rejected"):
+        found, expected = (one.state.log_history[0][f"rewards/{side}"] for one in (trainer, dpo))
+        assert expected == 0
+        assert found == pytest.approx(0, abs=1e-5)

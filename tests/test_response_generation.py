@@ -473,3 +473,24 @@ def test_reward_functions_get_the_columns_as_they_are(tokenizer):
     question = QuestionReader(rows, tokenizer, None, None).read(0)
     assert question.original == "So."
     assert question.columns == {"conversations": talk, "solution": 1}
+
+
+def test_question_ends_with_the_header_that_the_rows_are_trained_with(make_trainer):
+    """TRL keeps the roles of ShareGPT rows, so that no row has the header of the template's own assistant."""
+
+    def talk(num_rows, offset=0):
+        turns = [("human", "what is {}?"), ("gpt", "it is {}")]
+        return Dataset.from_list(
+            [
+                {"conversations": [{"from": role, "value": text.format(i)} for role, text in turns]}
+                for i in range(offset, offset + num_rows)
+            ]
+        )
+
+    trainer = make_trainer(
+        train_dataset=talk(16), validation_dataset=talk(8, 100), refine_ratio=0.5, refine_start_step=1
+    )
+    trained = trainer.train_dataset[0]["input_ids"]
+    asked = trainer.refiner.reader.read(0).prompt_ids
+    assert asked == trained[: len(asked)]
+    assert trainer.processing_class.decode(trained[len(asked) :]).startswith("it is 0")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import prompt_completion_rows
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from trl_bilevel.amortized_selector import AmortizedSelector, load_amortized_selector
@@ -501,3 +501,74 @@ def test_guide_cuts_by_the_loss(make_lora_trainer):
     exec(block.replace("0.9", "0.4"), names)
     lowest = sorted(sorted(range(9), key=_losses(trainer, rows).__getitem__)[:4])
     assert names["kept"]["prompt"][:] == rows.select(lowest)["prompt"][:]
+
+
+def test_folder_with_the_characters_of_a_pattern(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    rows = prompt_completion_rows(4, offset=700)
+    trainer.score(prompt_completion_rows(4, offset=500), output_dir=tmp_path / "run1")  # what `run[1]` would match
+    for name in ("run[1]", "run[2]", "run*?"):
+        assert trainer.score(rows, output_dir=tmp_path / name)["prompt"] == rows["prompt"]
+
+
+def _conversations(num_rows, offset=0):
+    turns = [
+        ({"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": f"{2 * i}"})
+        for i in range(offset, offset + num_rows)
+    ]
+    return [{"messages": list(pair)} for pair in turns], [{"prompt": [u], "completion": [a]} for u, a in turns]
+
+
+def test_one_conversation_scores_alike_in_either_format(make_trainer):
+    """Whatever training counted: the numbers of a corpus in one format compare with those of another."""
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    messages, completions = map(Dataset.from_list, _conversations(4))
+    assert trainer.score(messages)["loss"] == pytest.approx(trainer.score(completions)["loss"][:], rel=1e-5)
+
+
+@pytest.mark.parametrize("odd", [[], [{"role": "system", "content": "be brief"}]], ids=["empty", "no answer"])
+def test_conversation_without_an_answer_does_not_stop_the_pass(make_trainer, tmp_path, caplog, odd):
+    good, _ = _conversations(12)
+    trainer = make_trainer(
+        train_dataset=Dataset.from_list(good),
+        validation_dataset=Dataset.from_list(_conversations(6, offset=1000)[0]),
+        assistant_only_loss=True,
+        max_steps=1,
+    )
+    trainer.train()
+    rows = [*good[:8], *[{"messages": odd}] * 5, *good[8:]]  # of the chunks of 4 one has no answer at all
+    features = Dataset.from_list(good).features
+    found = trainer.score(Dataset.from_list(rows, features=features), output_dir=tmp_path / "scored", chunk_size=4)
+    assert np.flatnonzero(np.isnan(found["loss"])).tolist() == [8, 9, 10, 11, 12]
+    whole = trainer.score(Dataset.from_list(good))["loss"][:]
+    assert [loss for loss in found["loss"] if not np.isnan(loss)] == pytest.approx(whole, rel=1e-5)
+    assert "5 rows have no answer" in caplog.text
+    assert "8, 9, 10, 11, 12." in caplog.text
+
+
+def test_adapter_with_a_name_of_its_own(make_trainer, build_model, tokenizer, tmp_path):
+    for part in (build_model(), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=get_peft_model(base, LoraConfig(**LORA), adapter_name="quality"), learning_rate=3e-2)
+    trainer.train()
+    trainer.save_model()
+    rows = prompt_completion_rows(5, offset=500)
+    rows.to_json(tmp_path / "rows.jsonl")
+    expected = trainer.score(rows)["score"][:]
+    main(
+        [
+            "score",
+            trainer.args.output_dir,
+            "--dataset_name",
+            str(tmp_path / "rows.jsonl"),
+            "--output_dir",
+            str(tmp_path / "scored"),
+            "--dtype",
+            "float32",
+        ]
+    )
+    found = load_dataset("parquet", data_files=str(tmp_path / "scored" / "*.parquet"), split="train")
+    assert found["score"] == pytest.approx(expected, rel=1e-3, abs=1e-5)

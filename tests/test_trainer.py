@@ -1,6 +1,7 @@
 """Everything SFTTrainer accepts, and what comes out."""
 
 import copy
+import datetime
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,9 @@ from conftest import prompt_completion_rows
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers.utils import chat_template_utils
 from trl import SFTConfig, SFTTrainer
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
@@ -661,3 +664,114 @@ def test_curated_dataset_round_trips_and_trains_plain_sft(make_trainer, build_mo
         processing_class=tokenizer,
     )  # fmt: skip
     assert reference.train().training_loss > 0
+
+
+class _Clock(datetime.datetime):
+    day = 1
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime(2026, 3, cls.day)
+
+
+def _talk(num_rows, offset=0):
+    return Dataset.from_list(
+        [
+            {"messages": [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": f"{2 * i}"}]}
+            for i in range(offset, offset + num_rows)
+        ]
+    )
+
+
+def test_template_that_prints_the_date_does_not_keep_a_run_from_going_on(make_trainer, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", _Clock)
+    dated = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", dated)
+
+    def trainer_on(day, rows):
+        monkeypatch.setattr(_Clock, "day", day)
+        return make_trainer(
+            train_dataset=rows, validation_dataset=_talk(10, 1000), save_strategy="steps", save_steps=3
+        )
+
+    first = trainer_on(1, _talk(24))
+    first.train()
+    checkpoint = f"{first.args.output_dir}/checkpoint-3"
+    second = trainer_on(2, _talk(24))
+    assert second.train_dataset[0]["input_ids"] != first.train_dataset[0]["input_ids"]
+    second.train(resume_from_checkpoint=checkpoint)
+    assert second.state.global_step == 6
+    with pytest.raises(ValueError, match="rows_fingerprint"):  # other rows are still told
+        trainer_on(2, _talk(24, 1)).train(resume_from_checkpoint=checkpoint)
+
+
+def test_rows_that_only_the_collator_reads(make_trainer, tokenizer):
+    """They have columns of any name, and a fingerprint all the same."""
+
+    def rows(num_rows, offset):
+        return Dataset.from_list([{"question": f"q{i} ", "answer": f"a{i}"} for i in range(offset, offset + num_rows)])
+
+    def collate(batch):
+        tokens = [torch.tensor(tokenizer(row["question"] + row["answer"])["input_ids"]) for row in batch]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+        labels = padded.masked_fill(padded == -1, -100)
+        return {"input_ids": padded.clamp(min=0), "labels": labels, "attention_mask": (padded != -1).long()}
+
+    options = {"data_collator": collate, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    options |= {"remove_unused_columns": False, "validation_dataset": rows(10, 1000), "max_steps": 1}
+    fingerprints = []
+    for offset in (0, 0, 1):
+        trainer = make_trainer(train_dataset=rows(24, offset), **options)
+        fingerprints.append(trainer._rows_fingerprint)
+    trainer.train()
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def _answers_only(row):
+    """What masks the prompts of rows that are tokenized already."""
+    return {"labels": [-100] * (len(row["input_ids"]) - 3) + row["input_ids"][-3:]}
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "validation_dataset"])
+def test_labels_masked_in_one_dataset_after_construction_are_refused(make_trainer, name):
+    trainer = make_trainer(train_dataset=_talk(24), validation_dataset=_talk(10, 1000))
+    setattr(trainer, name, getattr(trainer, name).map(_answers_only))
+    with pytest.raises(ValueError, match=rf"`trainer\.{name}` was replaced .* Do the same to"):
+        trainer.train()
+
+
+def test_labels_masked_in_both_datasets_are_those_that_count(make_trainer):
+    trainer = make_trainer(train_dataset=_talk(24), validation_dataset=_talk(10, 1000), max_steps=1)
+    for name in ("train_dataset", "validation_dataset"):
+        setattr(trainer, name, getattr(trainer, name).map(_answers_only))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum(1).tolist() == [3] * 8
+    trainer.train()
+
+
+def test_rows_in_another_order_or_fewer_of_them_are_the_same_rows(make_trainer):
+    """More than are looked at, of different lengths: only the tokens that count in each decide."""
+    trainer = make_trainer(train_dataset=prompt_completion_rows(150), max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.shuffle(seed=3).select(range(120))
+    trainer.train()
+
+
+class _OwnLoader(BilevelSFTTrainer):
+    def get_train_dataloader(self):
+        rows = self.train_dataset.select_columns(["input_ids", "completion_mask"])
+        return self.accelerator.prepare(DataLoader(rows, batch_size=4, collate_fn=self.data_collator))
+
+
+def test_dataloader_without_trusted_rows_is_refused_by_name(
+    make_config, build_model, tokenizer, train_dataset, validation_dataset
+):
+    trainer = _OwnLoader(
+        build_model(),
+        make_config(),
+        train_dataset=train_dataset,
+        validation_dataset=validation_dataset,
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match=r"`_OwnLoader\.get_train_dataloader` makes one of its own"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -10,11 +10,12 @@ from conftest import prompt_completion_rows
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_bilevel import DataSelector
+from trl_bilevel import BilevelSFTTrainer, DataSelector
 from trl_bilevel.batch_layout import PaddedLayout
 from trl_bilevel.checkpoint_files import write_manifest
 from trl_bilevel.value_function import VALUE_FUNCTION_FILE_NAME, optimizer_maker
@@ -419,3 +420,52 @@ def test_interrupted_within_an_accumulation_and_resumed_at_once(make_lora_traine
 def test_bad_options(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+@pytest.mark.parametrize("value_function", [None, "adapter"])
+def test_optimizer_set_on_the_trainer_is_refused(make_lora_trainer, value_function):
+    """theta-hat would go on with another one, and its loss would tell of the optimizers and not of the rows."""
+    trainer = make_lora_trainer(value_function=value_function)
+    trainer.optimizer = create_loraplus_optimizer(trainer.model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16)
+    with pytest.raises(ValueError, match=r"`trainer\.optimizer`, which was set.*value_function='none'"):
+        trainer.train()
+
+
+class _OwnOptimizer(BilevelSFTTrainer):
+    def create_optimizer(self, *args, **kwargs):
+        self.optimizer = create_loraplus_optimizer(self.model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16)
+        return self.optimizer
+
+
+def test_trainer_with_its_own_create_optimizer(make_config, build_model, tokenizer, train_dataset, validation_dataset):
+    def make(**options):
+        return _OwnOptimizer(
+            build_model(),
+            make_config(max_steps=1, **options),
+            train_dataset=train_dataset,
+            validation_dataset=validation_dataset,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+        )
+
+    trainer = make()  # by default there is one only where it works
+    trainer.train()
+    assert trainer.value_function is None
+    with pytest.raises(ValueError, match="`create_optimizer`, which was overridden"):
+        make(value_function="adapter")
+
+
+def test_weight_decay_is_that_of_the_model(make_lora_trainer, build_model):
+    """Trainer spares biases and norms; theta-hat's are spared too, or the selector would see the difference."""
+    config = LoraConfig(r=4, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True, task_type="CAUSAL_LM")
+    trainer = make_lora_trainer(model=build_model("gpt2"), peft_config=config, weight_decay=0.1)
+    trainer.create_optimizer()
+    names = {id(value): name for name, value in trainer.model.named_parameters()}
+    own = {id(value): name for name, value in trainer.value_function._own.items()}
+
+    def decays(optimizer, names):
+        return {names[id(one)]: group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
+
+    expected = decays(trainer.optimizer, names)
+    assert {*expected.values()} == {0.0, 0.1}
+    assert decays(trainer.value_function._optimizer, own) == expected

@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
 from trl.data_utils import (
     _tokenize,
     common_prefix_length,
@@ -12,12 +13,12 @@ from trl.data_utils import (
     maybe_convert_to_chatml,
 )
 
-from .paired_batches import add_sample_indices
+from .paired_batches import SAMPLE_INDEX_COLUMN, add_sample_indices
 
 
 _CONVERSATIONS = ("messages", "conversations")
 _STAND_IN = "the answer goes here"
-_ROWS_TO_TRY = 100  # that may have no message
+_READ = (*_CONVERSATIONS, "prompt", "completion", "tools", "chat_template_kwargs")
 ANSWERING_ROLES = ("assistant", "gpt", "model")  # TRL keeps the roles of other formats
 
 
@@ -38,16 +39,63 @@ def prepare_answers(trainer: Any, rows: Dataset, name: str) -> Dataset:
 
     Returns:
         `datasets.Dataset`: prepared rows with their numbers, see
-        [`~trl_bilevel.paired_batches.read_sample_indices`]; without those that have no answer left after truncation.
+        [`~trl_bilevel.paired_batches.read_sample_indices`]; without those that have no answer left after truncation,
+        and conversations in which nothing is said or that the chat template refuses: one row stops no pass over many.
     """
     indexed = add_sample_indices(rows)
     if trainer._skip_prepare_dataset:
         return indexed
     formatting_func = trainer._formatting_func
-    first = next((row for row in rows.take(_ROWS_TO_TRY) if any(row.get(key) for key in _CONVERSATIONS)), rows[0])
-    if formatting_func is None and is_conversation_without_prompt(first):
-        indexed = mark_assistant_turns(indexed, trainer.processing_class, trainer.chat_template)
+    if formatting_func is None:
+        indexed = _readable(indexed, trainer.processing_class, trainer.chat_template)
+        if len(indexed) > 0 and is_conversation_without_prompt(indexed[0]):
+            indexed = mark_assistant_turns(indexed, trainer.processing_class, trainer.chat_template)
+            indexed = indexed.filter(lambda tokens: len(tokens) > 0, input_columns="input_ids")
+    if len(indexed) == 0:
+        types = Features({"input_ids": List(Value("int64")), SAMPLE_INDEX_COLUMN: Value("int64")})
+        return Dataset.from_dict({name: [] for name in types}, features=types)
     return trainer._prepare_dataset(indexed, trainer.processing_class, trainer.args, False, formatting_func, name)
+
+
+def _readable(rows: Dataset, processing_class: Any, chat_template: str | None) -> Dataset:
+    """The rows but for conversations without a message, or that the chat template refuses; others are left to TRL."""
+    read = [name for name in _READ if name in rows.column_names]
+    if "input_ids" in rows.column_names or not read:
+        return rows
+
+    def is_readable(*values: Any) -> bool:
+        row = dict(zip(read, values, strict=True))
+        turns = [row[name] for name in ("prompt", "completion", *_CONVERSATIONS) if isinstance(row.get(name), list)]
+        if not turns:
+            return not any(name in row for name in _CONVERSATIONS)  # text, or a conversation that is not there
+        if not all(turns):
+            return False
+        if "prompt" in row:
+            row = {"messages": [*row["prompt"], *row["completion"]], **_template_columns(row)}
+        try:
+            row = maybe_convert_to_chatml(row)
+            processing_class.apply_chat_template(
+                row["messages"], tokenize=False, **_template_options(row, chat_template)
+            )
+        except (TemplateError, TypeError):  # a content that is no text is added to one
+            return False
+        return True
+
+    return rows.filter(is_readable, input_columns=read)
+
+
+def _template_columns(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+
+
+def _template_options(row: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """What a row gives the chat template besides its messages."""
+    tools = row.get("tools")
+    return {
+        "chat_template": chat_template,
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
 
 
 def mark_assistant_turns(rows: Dataset, processing_class: Any, chat_template: str | None) -> Dataset:
@@ -68,16 +116,11 @@ def mark_assistant_turns(rows: Dataset, processing_class: Any, chat_template: st
     """
 
     def mark(row: dict[str, Any]) -> dict[str, list[int]]:
-        if not any(row.get(key) for key in _CONVERSATIONS):
-            return {"input_ids": [], "assistant_masks": []}  # nothing is said
         row = maybe_convert_to_chatml(row)
-        tools = row.get("tools")
-        options = {
-            "chat_template": chat_template,
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
-        input_ids, mask = _mark(row["messages"], processing_class, options)
+        try:
+            input_ids, mask = _mark(row["messages"], processing_class, _template_options(row, chat_template))
+        except TemplateError:  # for a conversation that is cut before an answer
+            return {"input_ids": [], "assistant_masks": []}
         return {"input_ids": input_ids, "assistant_masks": mask}
 
     read = [name for name in _CONVERSATIONS if name in rows.column_names]

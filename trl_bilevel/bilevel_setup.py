@@ -18,6 +18,7 @@ from .dataset_checks import contents_columns, hash_contents
 from .packing import PackedRows
 from .refine_prompts import QuestionReader, check_refinable, stop_token_ids
 from .refinement import Refiner
+from .replaced_rows import refuse_other_labels
 from .response_checks import RewardFunc
 from .response_generation import (
     ResponseGenerator,
@@ -77,20 +78,6 @@ def check_arguments(
 
 
 _CREATE_OPTIMIZER = (SFTTrainer.create_optimizer, Trainer.create_optimizer)
-_ROWS_COUNTED = 100
-
-
-def _count_labels(rows: Any) -> tuple[int, int]:
-    """Tokens that the labels of the first rows count, by the rows' numbers, and how many rows those are."""
-    first = list(rows.take(_ROWS_COUNTED))
-    counted = 0
-    for row in first:
-        if "labels" in row:
-            counted += sum(label != -100 for label in row["labels"])
-        else:
-            masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
-            counted += sum(all(bits) for bits in zip(*masks, strict=True)) if masks else len(row.get("input_ids", []))
-    return counted, len(first)
 
 
 class BilevelSetup(SFTTrainer):
@@ -256,6 +243,7 @@ class BilevelSetup(SFTTrainer):
             and args.selector_optimizer == "mirror_descent"
             and not (self.is_sharded or args.fp16)
             and self.optimizer is None
+            and type(self).create_optimizer in _CREATE_OPTIMIZER
             and fits_other_parameters(*self._optimizer_recipe())
         )
         rows_default = BilevelSFTConfig.__dataclass_fields__["value_function_rows"].default
@@ -282,13 +270,22 @@ class BilevelSetup(SFTTrainer):
                 "`value_function='adapter'` needs an optimizer of its own, of the same kind as the model's, and "
                 "cannot copy the one in `optimizers`. Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
             )
+        if type(self).create_optimizer not in _CREATE_OPTIMIZER:
+            raise ValueError(
+                "`value_function='adapter'` needs an optimizer of its own, of the same kind as the model's, and "
+                f"cannot copy that of `{type(self).__name__}.create_optimizer`, which was overridden. Pass "
+                "`optimizer_cls_and_kwargs`, or use `value_function='none'`."
+            )
         names = [name for name, value in self.model.named_parameters() if value.requires_grad]
         if not names:
             raise ValueError(
                 "The adapter of `model` has no parameter that can be trained. Load it with "
                 "`PeftModel.from_pretrained(..., is_trainable=True)`."
             )
-        make_optimizer = optimizer_maker(*self._optimizer_recipe(), self.args.weight_decay, self.args.optim)
+        decayed = {*self.get_decay_parameter_names(self.model)}
+        make_optimizer = optimizer_maker(
+            *self._optimizer_recipe(), self.args.weight_decay, self.args.optim, [name in decayed for name in names]
+        )
         return ValueFunction(self.model, names, make_optimizer, self.args.max_grad_norm)
 
     def _optimizer_recipe(self) -> tuple[Any, dict[str, Any]]:
@@ -356,23 +353,13 @@ class BilevelSetup(SFTTrainer):
 
     def _refuse_what_was_changed(self) -> None:
         """What a user put into the trainer after it was built, and which would go against what it holds besides."""
-        training, validation = self._prepared
-        if self.train_dataset is not training and self.validation_dataset is validation:
-            before, now = (_count_labels(rows) for rows in (training, self.train_dataset))
-            if before != now:
-                raise ValueError(
-                    "`trainer.train_dataset` was replaced after the trainer was built, and its labels count "
-                    f"{now[0]:,} tokens of its first {now[1]:,} rows, where they counted {before[0]:,}. The trusted "
-                    "rows would still count as before. Do the same to `trainer.validation_dataset`; or leave both as "
-                    "they are, and set `assistant_only_loss=True` or `completion_only_loss=True`, or pass rows with "
-                    "`labels` of your own."
-                )
+        if self.args.validation_loss_type == "nll":  # of a pair the completions count, whatever else does
+            refuse_other_labels(self._prepared, (self.train_dataset, self.validation_dataset))
         is_given = self.optimizer is not None and self.optimizer is not self._known_optimizer
-        if self.value_function is not None and (is_given or type(self).create_optimizer not in _CREATE_OPTIMIZER):
+        if self.value_function is not None and is_given:
             raise ValueError(
                 "The value function needs an optimizer of its own, of the same kind as the model's, and cannot copy "
-                f"{'`trainer.optimizer`, which was set' if is_given else '`create_optimizer`, which was overridden'}. "
-                "Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
+                "`trainer.optimizer`, which was set. Pass `optimizer_cls_and_kwargs`, or use `value_function='none'`."
             )
 
     def _generation_context_length(self) -> int | None:

@@ -304,8 +304,9 @@ def hash_contents(dataset: Dataset, columns: list[str]) -> np.ndarray:
 
 
 def contents_columns(dataset: Dataset, args: BilevelSFTConfig, has_formatting_func: bool) -> list[str]:
-    """The columns of [`hash_contents`]: those that TRL makes text of, and all where a function of the user does."""
-    if has_formatting_func:
+    """The columns of [`hash_contents`]: those that TRL makes text of, and all where something of the user's does."""
+    is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or dataset.format["type"] == "custom"
+    if has_formatting_func or is_prepared:
         return dataset.column_names
     first = dataset.with_format(None)[0]
     known = {"labels", "completion_mask", "assistant_masks", "tools", "chat_template_kwargs", "images", "image"}

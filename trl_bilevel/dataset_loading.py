@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ScriptArguments
@@ -117,7 +118,34 @@ def _load(name: str, config: str | None, streaming: bool) -> Dataset | DatasetDi
         raise FileNotFoundError(f"{name} is no file here.{meant}")
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(name)  # memory-mapped: as good as a stream
+    if path.is_dir() and glob.escape(str(path.resolve())) != str(path.resolve()):
+        return _load_folder(path, config, streaming)
     try:
         return load_dataset(name, name=config, streaming=streaming)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} is no file or folder here and no dataset on the Hub: {error}") from error
+
+
+def _load_folder(folder: Path, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    """
+    A folder of data files in whose path `datasets` would see a pattern, and read the files of another folder.
+
+    Raises:
+        `ValueError`: for a configuration, which a card in the folder would describe, and for files of several types.
+    """
+    escaped = glob.escape(str(folder.resolve()))
+    if config is not None or (folder / "README.md").is_file():
+        raise ValueError(
+            f"the path of {folder} has one of the characters `[`, `*` or `?`, by which its card cannot be followed. "
+            "Rename the folder, or name one file"
+        )
+    files = DataFilesDict.from_patterns(get_data_patterns(escaped), base_path=escaped)
+    types = {Path(path).suffix for paths in files.values() for path in paths if Path(path).suffix in _BUILDERS}
+    builders = {_BUILDERS[suffix] for suffix in types}
+    if len(builders) != 1:
+        raise ValueError(f"{folder} has files of the types {sorted(types)}. Name one file")
+    data_files = {
+        str(split): [glob.escape(path) for path in paths if Path(path).suffix in types]
+        for split, paths in files.items()
+    }
+    return load_dataset(builders.pop(), data_files=data_files, streaming=streaming)

@@ -4,10 +4,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational, is_conversational_from_value
 
 from .bilevel_sft_config import BilevelSFTConfig
+from .parquet_files import read_pieces
+
+
+logger = get_logger(__name__)
+
+_MOST_NAMED = 10
 
 
 def check_row_formats(
@@ -36,11 +43,15 @@ def check_row_formats(
             f"Rows with images are tokenized in batches, which must be read alike, but of the datasets {all_read} are "
             "read. Give both the same columns."
         )
+    are_talks: dict[str, bool] = {}
     for name, dataset in named.items():
         read = all_read[name]
+        are_talks[name] = _are_conversations(first_rows[name], read)
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
             refuse_gaps(name, dataset, read)
+            _warn_of_empty_answers(name, dataset, read[-1])
     if "validation_dataset" in named:
+        _refuse_text_beside_conversations(are_talks, first_rows)
         _refuse_other_tokens(first_rows, args)
 
 
@@ -84,6 +95,51 @@ def refuse_gaps(name: str, dataset: Dataset, columns: list[str]) -> None:
                 f"{num_missing} of {len(dataset)} rows of `{name}` have nothing in the column {column!r}. Drop them: "
                 f"`{name}.filter(lambda row: row[{column!r}] is not None)`."
             )
+
+
+def _are_conversations(row: dict[str, Any], read: list[str]) -> bool:
+    """By the columns, as a row may have no message."""
+    return read in (["messages"], ["conversations"]) or (read[0] == "prompt" and isinstance(row["prompt"], list))
+
+
+def _refuse_text_beside_conversations(are_talks: dict[str, bool], first_rows: dict[str, dict[str, Any]]) -> None:
+    are_tokenized = any("input_ids" in row for row in first_rows.values())
+    if are_tokenized or len({*are_talks.values()}) == 1:
+        return
+    talks = next(name for name, is_talk in are_talks.items() if is_talk)
+    texts = next(name for name, is_talk in are_talks.items() if not is_talk)
+    raise ValueError(
+        f"`{talks}` holds conversations (columns {[*first_rows[talks]]}) and `{texts}` plain text (columns "
+        f"{[*first_rows[texts]]}): one of them would be read with the chat template and the other without, so that "
+        "what sets them apart is their format. Bring both into one, for instance `messages`."
+    )
+
+
+def _warn_of_empty_answers(name: str, dataset: Dataset, column: str) -> None:
+    """Count the rows whose answer, or whose text, is blank; of a conversation its last message."""
+    if column == "input_ids":
+        return
+    empty: list[int] = []
+    num_empty, start = 0, 0
+    for table in read_pieces(dataset.select_columns([column]).with_format(None)):
+        found = [start + row for row, answer in enumerate(table.column(column).to_pylist()) if _is_blank(answer)]
+        num_empty, start = num_empty + len(found), start + len(table)
+        empty += found[: _MOST_NAMED - len(empty)]
+    if num_empty:
+        others = ", ..." if num_empty > len(empty) else ""
+        logger.warning(
+            f"{num_empty} of {len(dataset)} rows of `{name}` have an empty answer, of which a model learns to say "
+            f"nothing. Counted from 0 they are {', '.join(map(str, empty))}{others}. Drop them if that is not meant."
+        )
+
+
+def _is_blank(answer: Any) -> bool:
+    if isinstance(answer, list):
+        last = answer[-1] if answer else {}
+        if not isinstance(last, dict) or last.get("tool_calls"):
+            return False
+        answer = last.get("content", last.get("value")) or ""
+    return isinstance(answer, str) and not answer.strip()
 
 
 def _refuse_other_tokens(first_rows: dict[str, dict[str, Any]], args: BilevelSFTConfig) -> None:

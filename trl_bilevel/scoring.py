@@ -287,8 +287,8 @@ def _score_chunks(
     if num_missing:
         others = ", ..." if num_missing > len(first_missing) else ""
         logger.warning(
-            f"{num_missing} rows have no answer, or none within `max_length`, and no score. Counted from 0 they are "
-            f"{', '.join(map(str, first_missing))}{others}."
+            f"{num_missing} rows have no answer, none within `max_length`, or one that the chat template refuses, and "
+            f"no score. Counted from 0 they are {', '.join(map(str, first_missing))}{others}."
         )
 
 

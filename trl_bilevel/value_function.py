@@ -200,14 +200,22 @@ def fits_other_parameters(optimizer_class: Any, options: dict[str, Any]) -> bool
     )
 
 
-def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay: float, name: str) -> Callable:
+def optimizer_maker(
+    optimizer_class: Any,
+    options: dict[str, Any],
+    weight_decay: float,
+    name: str,
+    are_decayed: list[bool] | None = None,
+) -> Callable:
     """
     What builds the optimizer of theta-hat: the same kind as the model's.
 
     Args:
         optimizer_class, options: as `Trainer.get_optimizer_cls_and_kwargs` returns them.
-        weight_decay (`float`): of all parameters.
+        weight_decay (`float`): of the parameters that decay.
         name (`str`): `args.optim`, for the error.
+        are_decayed (`list[bool]`, *optional*): which of the parameters do: Trainer's biases and norms do not. By
+            default all.
 
     Raises:
         `ValueError`: for optimizers that are tied to the model's own parameters.
@@ -217,5 +225,17 @@ def optimizer_maker(optimizer_class: Any, options: dict[str, Any], weight_decay:
             f"`optim={name!r}` works on the layers of one model and cannot fit the value function's adapter too. Use "
             "another optimizer, for instance 'adamw_torch', or `value_function='none'`."
         )
-    # As Trainer passes it: not every optimizer has the option, and all have it in their groups
-    return lambda parameters: optimizer_class([{"params": parameters, "weight_decay": weight_decay}], **options)
+
+    def make(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        marks = [True] * len(parameters) if are_decayed is None else are_decayed
+        # As Trainer passes it: not every optimizer has the option, and all have it in their groups
+        groups = [
+            {
+                "params": [one for one, mark in zip(parameters, marks, strict=True) if mark is decays],
+                "weight_decay": decay,
+            }
+            for decays, decay in ((True, weight_decay), (False, 0.0))
+        ]
+        return optimizer_class([group for group in groups if group["params"]], **options)
+
+    return make

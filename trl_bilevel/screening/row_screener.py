@@ -57,7 +57,8 @@ class RowScreener:
     def statistics(self, rows: Dataset) -> AnswerStatistics:
         """Statistics of N rows in any format that [`~trl.SFTTrainer`] takes, in their order."""
         prepared = self._prepare(rows)
-        return self._statistics_of(prepared, read_sample_indices(prepared), rows)
+        positions = read_sample_indices(prepared)
+        return self._statistics_of(prepared, positions, rows, positions)
 
     @torch.no_grad()
     def swapped_statistics(self, rows: Dataset) -> AnswerStatistics:
@@ -69,9 +70,11 @@ class RowScreener:
                 f"{FEWEST_TRUSTED} are needed. Raise `max_length`, or give more."
             )
         swapped = swap_answers(prepared)
-        return self._statistics_of(swapped, np.arange(len(swapped)), rows)
+        return self._statistics_of(swapped, np.arange(len(swapped)), rows, read_sample_indices(prepared))
 
-    def _statistics_of(self, prepared: Dataset, positions: np.ndarray, rows: Dataset) -> AnswerStatistics:
+    def _statistics_of(
+        self, prepared: Dataset, positions: np.ndarray, rows: Dataset, readable: np.ndarray
+    ) -> AnswerStatistics:
         """Each process takes its share of the batches; all of them get all statistics."""
         num_rows = len(rows)
         lengths = pa.compute.list_value_length(
@@ -79,7 +82,10 @@ class RowScreener:
         ).to_numpy()
         trainer = self.trainer
         eos_token_ids = trainer.model.generation_config.eos_token_id
-        end_ids = {*stop_token_ids(trainer._tokenizer, eos_token_ids, trainer.chat_template, rows[0])}
+        end_ids = set[int]()
+        if len(readable) > 0:  # the first row may be one that nothing is said in
+            first = rows[int(readable[0])]
+            end_ids = {*stop_token_ids(trainer._tokenizer, eos_token_ids, trainer.chat_template, first)}
         was_training = trainer.model.training
         trainer.model.eval()
         batches = batches_by_length(lengths, self.tokens_per_batch)
