@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.bilevel_options import LARGER_STEPS
+from lib.default_run import default_run_table, reliability_figure
 from lib.default_tables import default_tables
 from lib.method_names import (
     ABOVE_ZERO,
     BMO,
     BMO_SHARP,
     CONFIDENCE,
-    DEFAULT,
     DIFFERENCE,
     DSIR,
     EQUAL_WEIGHTS,
@@ -59,7 +59,6 @@ UNTOLD_PAIRS = {
     "second round on proved rows, minus one run": (PROVED_ROUND, FIRST_ROUND),
     "one run of BDS, minus SFT": (FIRST_ROUND, SFT),
 }
-_FEWEST_ROWS = 30  # for a point
 UNTOLD = (SFT, TRUSTED, ABOVE_ZERO, FIRST_ROUND, PROVED_ROUND)
 """None of them knows how many rows are good."""
 CLOSEST = {
@@ -267,65 +266,6 @@ def cost_table(results: Results) -> str:
         if ratios:
             rows.append([_label(method), str(len(ratios)), spread([*ratios])])
     return markdown(["method", "seeds", "processor time, of SFT's"], rows)
-
-
-SIMPLE = (SFT, SFT_LOSS, TRUSTED_LOSS, DIFFERENCE)
-"""Losses that rank rows; the first by that of the model that was trained on all of them."""
-
-
-def default_run_table(results: Results) -> str:
-    """The default run, told nothing, beside the alternatives on the seeds that it has: means over them."""
-    rows = []
-    for problem in TOYS:
-        of_default = results.values(problem, DEFAULT, "exact_match")
-
-        def mean(method: str, measure: str) -> float:
-            by_seed = results.values(problem, method, measure)  # noqa: B023
-            return statistics.mean(by_seed[seed] for seed in of_default)  # noqa: B023
-
-        if of_default:
-            matches = (DEFAULT, FIRST_ROUND, SFT, TRUSTED, ABOVE_ZERO, DIFFERENCE, ORACLE)
-            best = max(mean(method, "auroc") for method in SIMPLE)
-            cells = [mean(method, "exact_match") for method in matches]
-            cells += [mean(DEFAULT, "auroc"), best]
-            cells += [mean(DEFAULT, measure) for measure in ("noise_rate", "dropped", "good_among_dropped")]
-            rows.append([_label(problem), str(len(of_default)), *(f"{cell:.3f}" for cell in cells)])
-    heads = ["default", "learned weights", "SFT", "SFT, trusted rows", "difference above zero", "difference, told"]
-    return markdown(
-        [
-            "problem",
-            "seeds",
-            *heads,
-            "oracle",
-            "AUROC",
-            "best of four losses",
-            "noise rate",
-            "dropped",
-            "good among them",
-        ],
-        rows,
-    )
-
-
-def reliability_figure(results: Results) -> Figure:
-    """How many rows are good among those of about one probability, on all problems, for a line each."""
-    figure = Figure(figsize=(5.5, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-    for problem in TOYS:
-        points = []
-        for part in range(10):
-            rows, good, believed = (
-                sum(results.values(problem, DEFAULT, f"{name} {part}").values())
-                for name in ("rows", "good", "believed")
-            )
-            if rows >= _FEWEST_ROWS:
-                points.append((believed / rows, good / rows))
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=_label(problem))
-    axes.set(xlabel="probability that a row is good", ylabel="share of good rows", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(fontsize=7)
-    return figure
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

@@ -188,7 +188,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         )
         self._rows_fingerprint = "stream"
         if not self._is_streamed:
-            assert self._sample_ids is not None
             contents = hash_contents(self._source_dataset, self._contents_columns(self._source_dataset))
             self._rows_fingerprint = check_training_rows(
                 self.train_dataset, self.validation_dataset, args, self._sample_ids, self._sources, contents
@@ -323,7 +322,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
         if isinstance(self.data_selector, StreamedSelector):
             return curate_stream(self._source_dataset, self._stream_ids, self.data_selector, keep_ratio)
         assert self._sample_ids is not None
-        verdict = self._verdict()
         return curate_dataset(
             self._source_dataset,
             self._sample_ids,
@@ -332,7 +330,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             scored=self.data_selector.scored.numpy(),
             judged=self.data_selector.judged.numpy(),
             keep_ratio=keep_ratio,
-            verdict=verdict,
+            verdict=self._verdict(),
             good_probability=self._good_probability(),
             num_dropped=self._num_left_out(),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),

@@ -9,6 +9,7 @@ trl-bilevel demo --output_dir demo_output
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl import TrlParser
 
@@ -17,16 +18,18 @@ from trl_bilevel.demo.comparison import Comparison
 from trl_bilevel.demo.problem import DemoArguments
 
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
 def main(args: DemoArguments) -> Comparison:
     import huggingface_hub.constants
     import transformers
     from datasets import disable_progress_bars
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Table
 
     from trl_bilevel.demo.comparison import STAGES, compare
-    from trl_bilevel.demo.figure import plot_weights
 
     # Nothing is looked up or reported: the data is procedural and the models are built from a config. The environment
     # variable of that name was read when the Hub client was imported.
@@ -51,6 +54,16 @@ def main(args: DemoArguments) -> Comparison:
             progress.update(tasks[stage], completed=share, visible=True)
 
         comparison = compare(args, advance)
+
+    _show(console, args, comparison)
+    console.print(f"Done in {time.monotonic() - started:.0f} s.")
+    return comparison
+
+
+def _show(console: "Console", args: DemoArguments, comparison: "Comparison") -> None:
+    from rich.table import Table
+
+    from trl_bilevel.demo.figure import plot_weights
 
     output_dir = Path(args.output_dir)
     figure = output_dir / "weights.png"
@@ -87,8 +100,6 @@ def main(args: DemoArguments) -> Comparison:
     console.print(f"Report           {output_dir / 'report.html'}")
     console.print(f"Figure           {figure}")
     console.print(f"Cut anew with    trl-bilevel curate {output_dir / 'adapter'} --keep_ratio 0.3 --output_dir best")
-    console.print(f"Done in {time.monotonic() - started:.0f} s.")
-    return comparison
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
