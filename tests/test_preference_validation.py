@@ -49,25 +49,24 @@ def test_losses_are_dpo_by_hand():
 def test_logged_loss_and_rewards_are_those_of_dpo_trainer(
     make_trainer, build_model, tokenizer, tmp_path, conversational, implicit
 ):
-    """A DPOTrainer on the same model, whose reference is the bare base, reports the same on the same six pairs."""
+    """A DPOTrainer on the same model reports the same at every step: its reference is the model at the start too."""
     pairs = _pairs(conversational=conversational, implicit=implicit)
+    options = {"learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     trainer = make_trainer(
         model=_lora(build_model()), validation_dataset=pairs, validation_loss_type="dpo", beta=0.3,
-        per_device_train_batch_size=6, max_steps=1,
+        validation_weight=1.0, per_device_train_batch_size=6, max_steps=3, **options,
     )  # fmt: skip
     trainer.train()
-    logged = trainer.state.log_history[0]
+    logged = trainer.state.log_history[2]
 
     dpo_config = DPOConfig(
-        str(tmp_path / "dpo"), beta=0.3, per_device_train_batch_size=6, max_steps=1, logging_steps=1, bf16=False,
+        str(tmp_path / "dpo"), beta=0.3, per_device_train_batch_size=6, max_steps=3, logging_steps=1, bf16=False,
         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=None,
-        max_length=1024,
+        max_length=1024, **options,
     )  # fmt: skip
-    reference = DPOTrainer(
-        _lora(build_model()), build_model(), dpo_config, train_dataset=pairs, processing_class=tokenizer
-    )
+    reference = DPOTrainer(_lora(build_model()), args=dpo_config, train_dataset=pairs, processing_class=tokenizer)
     reference.train()
-    expected = reference.state.log_history[0]
+    expected = reference.state.log_history[2]
     assert expected["loss"] != pytest.approx(math.log(2), abs=1e-3)
     assert logged["validation_loss"] == pytest.approx(expected["loss"], abs=1e-4)
     for name in ("chosen", "rejected", "margins", "accuracies"):
@@ -87,13 +86,11 @@ def test_validation_term_alone_takes_the_step_of_dpo_trainer(make_trainer, build
         str(tmp_path / "dpo"), beta=0.3, per_device_train_batch_size=4, max_steps=3, bf16=False, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=None, **options,
     )  # fmt: skip
-    reference = DPOTrainer(
-        _lora(build_model()), build_model(), dpo_config, train_dataset=pairs, processing_class=tokenizer
-    )
+    reference = DPOTrainer(_lora(build_model()), args=dpo_config, train_dataset=pairs, processing_class=tokenizer)
     reference.train()
     before = _lora(build_model()).state_dict()
     for name, value in reference.model.named_parameters():
-        if "lora" in name:
+        if "lora" in name and ".ref." not in name:
             assert not torch.equal(value, before[name])
             torch.testing.assert_close(dict(trainer.model.named_parameters())[name], value, rtol=1e-4, atol=1e-5)
 

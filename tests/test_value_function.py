@@ -451,7 +451,7 @@ def test_trainer_with_its_own_create_optimizer(make_config, build_model, tokeniz
     trainer = make()  # by default there is one only where it works
     trainer.train()
     assert trainer.value_function is None
-    with pytest.raises(ValueError, match="`create_optimizer`, which was overridden"):
+    with pytest.raises(ValueError, match=r"`_OwnOptimizer\.create_optimizer`, which was overridden"):
         make(value_function="adapter")
 
 

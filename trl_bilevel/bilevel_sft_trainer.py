@@ -260,7 +260,7 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._weight_history.stop_clock()
-        self._known_optimizer = self.optimizer
+            self._known_optimizer = self.optimizer
         self._look_again()
         return output
 
