@@ -758,7 +758,7 @@ def test_rows_in_another_order_or_fewer_of_them_are_the_same_rows(make_trainer):
 
 class _OwnLoader(BilevelSFTTrainer):
     def get_train_dataloader(self):
-        rows = self.train_dataset.select_columns(["input_ids", "completion_mask"])
+        rows = self.train_dataset.select_columns(["input_ids", "labels"])
         return self.accelerator.prepare(DataLoader(rows, batch_size=4, collate_fn=self.data_collator))
 
 
