@@ -269,8 +269,8 @@ class BilevelStep(RowForward, RowGathering):
         if self._any_process(num_nonfinite > 0):
             # A NaN in the graph reaches every gradient, even with coefficient 0, so such rows must leave the batch.
             # All processes take part in the second forward pass, also one that has nothing left to learn from.
-            if not rows.layout.can_select:
-                finite = torch.zeros_like(finite)
+            if not rows.layout.can_select:  # all of the batch or nothing
+                finite = finite.all().expand(len(finite))
             staying = finite if finite.any() else ~finite
             inputs, layout = rows.layout.select(inputs, staying)
             outputs, losses = self._forward(model, inputs, layout)

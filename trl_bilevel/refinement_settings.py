@@ -21,6 +21,7 @@ _DECIDING_OPTIONS = (
     *("max_grad_norm", "bf16", "fp16", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last"),
     *("dataloader_num_workers", "dataloader_prefetch_factor", "max_length", "truncation_mode", "shuffle_dataset"),
     *("packing", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "chat_template_path"),
+    *("loss_type", "label_smoothing_factor"),
 )
 _BATCH_SIZES = ("per_device_train_batch_size", "per_device_validation_batch_size")
 # Ours that only say how rows are called and kept
