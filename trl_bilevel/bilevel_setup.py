@@ -36,6 +36,7 @@ from .screening.verdict import Verdict
 from .selector_setup import resolve_adaptive_validation_weight, selector_of_screen
 from .selector_transfer import logit_probabilities
 from .self_refining_collator import SelfRefiningCollator
+from .sft_option_checks import refuse_split_rows
 from .value_function import ValueFunction, fits_other_parameters, optimizer_maker
 
 
@@ -128,12 +129,7 @@ class BilevelSetup(SFTTrainer):
                 f"`distributed_config` with {', '.join(split)} above 1 is not supported: a row's loss is split over "
                 "processes, or known to one of them only. Use data parallelism only."
             )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
-                f"Use data parallelism only, got {parallelism}."
-            )
+        refuse_split_rows(self.accelerator)
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             self._refuse_unsupported_prompt_learning(self.model.active_peft_config.peft_type.value)
 
@@ -228,9 +224,11 @@ class BilevelSetup(SFTTrainer):
 
     def _look_again(self) -> None:
         """After the last step: a pass over the rows, where training adds to what a screen said of them."""
-        self._final_losses = None
         has_changed_answers = self.args.refine_ratio > 0  # the loss would be that of another answer
-        if self.screening is not None and self.value_function is not None and not has_changed_answers:
+        # On SIGTERM there is time for a checkpoint, and the run goes on from it
+        was_stopped = self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps
+        adds_evidence = self.screening is not None and self.value_function is not None
+        if adds_evidence and not has_changed_answers and not was_stopped:
             self._final_losses = screen_rows(self, self._source_dataset, "Looking again").loss
 
     def _resolve_value_function(self) -> bool:

@@ -3,16 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
-
-from transformers import TrainingArguments
-from trl import SFTConfig
 
 from .data_selector import SelectorOptimizer, ValueFunctionRows
 from .losses import LossNormalization
 from .refinement_config import RefinementConfig, check_refinement
 from .selector_updates import SelectorActivation
+from .sft_config_base import SFTConfigBase
 from .sft_option_checks import check_sft_options
 
 
@@ -24,7 +22,7 @@ _TO_BE_PUBLISHED = "_to_be_published"
 
 
 @dataclass
-class BilevelSFTConfig(RefinementConfig, SFTConfig):
+class BilevelSFTConfig(RefinementConfig, SFTConfigBase):
     r"""
     Configuration of the [`BilevelSFTTrainer`]: every option of [`~trl.SFTConfig`], those of data selection, and those
     of self-refining generation, which [`~trl_bilevel.refinement_config.RefinementConfig`] describes.
@@ -250,20 +248,8 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
         },
     )
 
-    # TRL's default under its new name: as `gradient_checkpointing=True` it warns at every start
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Trade compute for memory by recomputing activations. On, as in `SFTConfig`, if not set."},
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Deprecated name of `activation_checkpointing`."},
-    )
-
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
-            self.activation_checkpointing = True
-        SFTConfig.__post_init__(self)
+        SFTConfigBase.__post_init__(self)
         check_refinement(self)
         _check_choice("selection_method", self.selection_method, get_args(SelectionMethod))
         if self.selector_activation is not None:
@@ -321,16 +307,6 @@ class BilevelSFTConfig(RefinementConfig, SFTConfig):
             yield
         finally:
             delattr(self, _TO_BE_PUBLISHED)
-
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> "BilevelSFTConfig":
-        """The same options with the bilevel defaults added, for scripts that still pass an [`~trl.SFTConfig`]."""
-        options: dict[str, Any] = {
-            option.name: getattr(args, option.name)
-            for option in fields(args)
-            if option.init and option.name in cls.__dataclass_fields__
-        }
-        return cls(**options)
 
 
 def _without_secrets(value: Any) -> Any:

@@ -332,7 +332,6 @@ class BilevelSFTTrainer(HubPublishing, BilevelSetup, PairedLoading, BilevelStep)
             keep_ratio=keep_ratio,
             verdict=self._verdict(),
             good_probability=self._good_probability(),
-            num_dropped=self._num_left_out(),
             responses=None if self.refiner is None else self.response_store.table(arrived_only=True),
         )
 

@@ -147,11 +147,6 @@ class Checkpointing(SFTTrainer):
             write_run_settings(directory, self)
         super().save_model(output_dir, _internal_call)
 
-    def _num_left_out(self) -> int:
-        """Rows that `keep_ratio="auto"` leaves out."""
-        verdict = self._verdict()
-        return 0 if verdict is None else int(verdict.left_out.sum())
-
     def _ranking_warning(self) -> str | None:
         return ranking_warning(self._run_facts, self.data_selector.statistics().effective_sample_ratio)
 
@@ -170,8 +165,8 @@ class Checkpointing(SFTTrainer):
         self._weight_history.save(directory)
         if (verdict := self._verdict()) is not None:
             self._run_facts["screening"] = verdict.facts
+        self._run_facts["cut"] = {"num_dropped": 0 if verdict is None else int(verdict.left_out.sum())}
         self._run_facts["warning"] = self._ranking_warning()
-        self._run_facts["cut"] = {"num_dropped": self._num_left_out()}
         save_facts(directory, self._run_facts)
         if not is_checkpoint(directory):  # which has Trainer's own
             save_log(directory, self.state)

@@ -138,3 +138,13 @@ def print_in_any_locale() -> None:
     """Where the locale has no emoji, print question marks instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper) and "utf" not in sys.stdout.encoding.lower():
         sys.stdout.reconfigure(errors="replace")
+
+
+def model_init_kwargs(model_args: trl.ModelConfig, training_args: trl.SFTConfig) -> dict[str, Any]:
+    """How a script loads its model, as `trl sft` does; what `training_args` says of it goes before."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }

@@ -27,7 +27,6 @@ def curate_dataset(
     judged: np.ndarray | None = None,
     verdict: Verdict | None = None,
     good_probability: np.ndarray | None = None,
-    num_dropped: int = 0,
 ) -> Dataset:
     """
     Add each row's score to its dataset, and keep the best rows.
@@ -60,13 +59,12 @@ def curate_dataset(
             weights are too small to differ.
         scored (`numpy.ndarray`): whether the row was ever scored, bool, shape (N,).
         keep_ratio (`float` or `"auto"`, *optional*): share of rows to keep, in (0, 1], those of the best rank; rounded
-            to whole rows, at least one. `"auto"` leaves out the last `num_dropped`. If `None`, all rows.
+            to whole rows, at least one. `"auto"` leaves out those that the verdict does. If `None`, all rows.
         responses (`pyarrow.Table`, *optional*): refined responses of the run.
         judged (`numpy.ndarray`, *optional*): whether the answer that a row has now was scored, bool, shape (N,); if
             `None`, `scored`.
         verdict ([`~trl_bilevel.screening.verdict.Verdict`], *optional*): of a screen of the rows.
         good_probability (`numpy.ndarray`, *optional*): shape (N,), where there is no verdict.
-        num_dropped (`int`): rows that `"auto"` leaves out.
 
     Returns:
         `datasets.Dataset`: the rows kept.
@@ -75,7 +73,7 @@ def curate_dataset(
         `ValueError`: if `keep_ratio` is out of range.
     """
     num_rows, split = len(dataset), dataset.split
-    num_kept = count_kept(num_rows, keep_ratio, num_dropped)
+    num_kept = count_kept(num_rows, keep_ratio, 0 if verdict is None else int(verdict.left_out.sum()))
     if verdict is not None and verdict.is_learned:
         scores = verdict.good_probability
     rank = rank_rows(scores, scored, None if verdict is None else verdict.score)

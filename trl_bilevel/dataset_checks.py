@@ -18,13 +18,12 @@ from .bilevel_sft_config import BilevelSFTConfig
 from .curation import CURATION_COLUMNS, SAMPLE_ID_COLUMN
 from .paired_batches import SAMPLE_INDEX_COLUMN, read_sample_indices
 from .parquet_files import read_column, read_pieces
-from .row_format_checks import columns_read
+from .row_format_checks import columns_read, name_some
 
 
 logger = get_logger(__name__)
 
 _ROWS_PER_PIECE = 10_000
-_MOST_NAMED = 10
 
 
 def check_datasets(training: Any, validation: Any, args: BilevelSFTConfig, has_formatting_func: bool) -> None:
@@ -386,10 +385,9 @@ def warn_about_shared_rows(
         return
     shared = np.flatnonzero(np.isin(training, validation))
     if len(shared):
-        names = ", ".join(map(repr, sample_ids.take(pa.array(shared[:_MOST_NAMED])).to_pylist()))
+        names = name_some([repr(one) for one in sample_ids.take(pa.array(shared)).to_pylist()])
         warnings.warn(
-            f"{len(shared)} training rows are also in `validation_dataset`, token for token: sample ids {names}"
-            f"{', ...' if len(shared) > _MOST_NAMED else ''}. Their weights say little, as the validation loss trains "
-            "on them already. Remove them from one of the two.",
+            f"{len(shared)} training rows are also in `validation_dataset`, token for token: sample ids {names}. "
+            "Their weights say little: the validation loss trains on them already. Remove them from one of the two.",
             stacklevel=3,
         )

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .refinement_config import ImportanceSamplingLevel
+from .token_losses import token_losses
 
 
 LossNormalization = Literal["token", "row"]
@@ -130,11 +131,7 @@ def lower_level_losses(
 
     ```
     """
-    weights = ratios
-    if loss_type == "dft":
-        probabilities = log_probs.detach().exp()
-        weights = probabilities if ratios is None else ratios * probabilities
-    losses = row_losses(log_probs, label_mask, weights).nll
+    losses = row_losses(-token_losses(log_probs, loss_type), label_mask, ratios).nll
     if uniform_nll is None or label_smoothing == 0:
         return losses
     return (1 - label_smoothing) * losses + label_smoothing * row_losses(-uniform_nll, label_mask, ratios).nll

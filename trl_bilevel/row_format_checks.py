@@ -1,5 +1,6 @@
 """Checks of what the rows look like, before a model is loaded: that TRL can read them, and both datasets alike."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -84,6 +85,22 @@ def columns_read(name: str, row: dict[str, Any], text_field: str) -> list[str]:
     )
 
 
+def name_some(rows: Sequence[Any]) -> str:
+    """
+    The first ten of some rows, for a message.
+
+    Example:
+
+    ```python
+    >>> name_some([3, 9]), name_some(range(12))
+    ('3, 9', '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...')
+
+    ```
+    """
+    others = ", ..." if len(rows) > _MOST_NAMED else ""
+    return ", ".join(map(str, rows[:_MOST_NAMED])) + others
+
+
 def refuse_gaps(name: str, dataset: Dataset, columns: list[str]) -> None:
     """Raise a `ValueError` that counts the rows with nothing in one of some columns."""
     for column in columns:
@@ -120,16 +137,14 @@ def _warn_of_empty_answers(name: str, dataset: Dataset, column: str) -> None:
     if column == "input_ids":
         return
     empty: list[int] = []
-    num_empty, start = 0, 0
+    start = 0
     for table in read_pieces(dataset.select_columns([column]).with_format(None)):
-        found = [start + row for row, answer in enumerate(table.column(column).to_pylist()) if _is_blank(answer)]
-        num_empty, start = num_empty + len(found), start + len(table)
-        empty += found[: _MOST_NAMED - len(empty)]
-    if num_empty:
-        others = ", ..." if num_empty > len(empty) else ""
+        empty += [start + row for row, answer in enumerate(table.column(column).to_pylist()) if _is_blank(answer)]
+        start += len(table)
+    if empty:
         logger.warning(
-            f"{num_empty} of {len(dataset)} rows of `{name}` have an empty answer, of which a model learns to say "
-            f"nothing. Counted from 0 they are {', '.join(map(str, empty))}{others}. Drop them if that is not meant."
+            f"{len(empty)} of {len(dataset)} rows of `{name}` have an empty answer, of which a model learns to say "
+            f"nothing. Counted from 0 they are {name_some(empty)}. Drop them if that is not meant."
         )
 
 

@@ -141,7 +141,6 @@ def curate_run(run_dir: str | os.PathLike, keep_ratio: float | str | None = None
         responses=refined,
         verdict=verdict,
         good_probability=good_probability,
-        num_dropped=num_dropped(facts),
     )
 
 

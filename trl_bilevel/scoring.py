@@ -33,7 +33,7 @@ from .labelled_positions import fused_forward
 from .losses import row_losses
 from .paired_batches import read_sample_indices, without_our_keys
 from .parquet_files import open_parquet, pieces_of_stream
-from .row_format_checks import columns_read, refuse_gaps
+from .row_format_checks import columns_read, name_some, refuse_gaps
 from .run_settings import row_options
 from .value_function import ValueFunction
 from .whole_files import damage_explained, write_whole
@@ -44,7 +44,7 @@ logger = get_logger(__name__)
 SCORE_COLUMNS = ("score", "loss", "value_loss", "selector_score")
 _MANIFEST_NAME = "scoring.json"
 _DIGEST = b"rows_digest"
-_MOST_NAMED = 10  # rows without a score
+_MOST_KEPT = 11  # numbers of rows without a score: one more than a message names
 
 
 class Scorer(Protocol):
@@ -281,14 +281,13 @@ def _score_chunks(
                     table = table.append_column(name, pa.array(values))
                 missing = np.flatnonzero(np.isnan(scores["loss"])) + chunk.number * chunk_size
                 num_missing += len(missing)
-                first_missing += missing[: _MOST_NAMED - len(first_missing)].tolist()
+                first_missing += missing[: _MOST_KEPT - len(first_missing)].tolist()
                 yield chunk, table
             progress.update(len(chunk.rows))
     if num_missing:
-        others = ", ..." if num_missing > len(first_missing) else ""
         logger.warning(
             f"{num_missing} rows have no answer, none within `max_length`, or one that the chat template refuses, and "
-            f"no score. Counted from 0 they are {', '.join(map(str, first_missing))}{others}."
+            f"no score. Counted from 0 they are {name_some(first_missing)}."
         )
 
 

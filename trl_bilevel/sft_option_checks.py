@@ -1,5 +1,6 @@
 """Checks of the options that `SFTConfig` brings along."""
 
+from accelerate import Accelerator
 from trl import SFTConfig
 
 
@@ -54,4 +55,14 @@ def _check_sharding_of_batches(args: SFTConfig) -> None:
         raise ValueError(
             "`accelerator_config` with `even_batches=False` is not supported: a process without a last batch would "
             "not meet the others in the selector's step. Leave it out, or set `dataloader_drop_last=True`."
+        )
+
+
+def refuse_split_rows(accelerator: Accelerator) -> None:
+    """Raise a `ValueError` under parallelism that gives a part of a row's tokens, or of the model, to each process."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
+            f"Use data parallelism only, got {parallelism}."
         )

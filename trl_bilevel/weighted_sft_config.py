@@ -1,14 +1,12 @@
 """Options of the trainer whose rows count by a column."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-from trl import SFTConfig
+from .sft_config_base import SFTConfigBase
 
 
 @dataclass
-class WeightedSFTConfig(SFTConfig):
+class WeightedSFTConfig(SFTConfigBase):
     """
     [`~trl.SFTConfig`] and the weights of the rows.
 
@@ -43,29 +41,7 @@ class WeightedSFTConfig(SFTConfig):
         },
     )
 
-    # TRL's default under its new name: as `gradient_checkpointing=True` it warns at every start
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Trade compute for memory by recomputing activations. On, as in `SFTConfig`, if not set."},
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Deprecated name of `activation_checkpointing`."},
-    )
-
     def __post_init__(self) -> None:
-        if self.gradient_checkpointing is None and self.activation_checkpointing is None:
-            self.activation_checkpointing = True
         super().__post_init__()
         if not self.weight_column:
             raise ValueError("`weight_column` is empty. Name the column that says how much each row counts.")
-
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> "WeightedSFTConfig":
-        """The same options and the default weight column, for scripts that still pass an [`~trl.SFTConfig`]."""
-        options: dict[str, Any] = {
-            option.name: getattr(args, option.name)
-            for option in fields(args)
-            if option.init and option.name in cls.__dataclass_fields__
-        }
-        return cls(**options)

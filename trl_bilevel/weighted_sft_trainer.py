@@ -9,9 +9,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .sft_option_checks import refuse_split_rows
+from .token_losses import smoothed_token_losses, token_losses
 from .weight_column import CountedRows, read_counted_rows
 from .weighted_batches import WeightedCollator, pack_weighted_rows, take_weights, without_packing
-from .weighted_losses import smoothed_token_losses, token_losses, weighting_term
+from .weighted_losses import weighting_term
 from .weighted_sft_config import WeightedSFTConfig
 
 
@@ -130,9 +132,4 @@ class WeightedSFTTrainer(SFTTrainer):
                 "`compute_loss_func` is not supported: it returns one loss for all rows, and each has a weight. "
                 "Remove it, or use `trl.SFTTrainer`."
             )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "Tensor, context and sequence parallelism are not supported: they split a row's loss over processes. "
-                f"Use data parallelism only, got {parallelism}."
-            )
+        refuse_split_rows(self.accelerator)

@@ -30,7 +30,13 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import BilevelSFTConfig, BilevelSFTTrainer
 from trl_bilevel.checkpoint_files import read_resume_option
-from trl_bilevel.command_line import make_command_parser, one_line_errors, parse_known_options, print_in_any_locale
+from trl_bilevel.command_line import (
+    make_command_parser,
+    model_init_kwargs,
+    one_line_errors,
+    parse_known_options,
+    print_in_any_locale,
+)
 from trl_bilevel.curation import parse_keep_ratio
 from trl_bilevel.dataset_loading import load_split, load_training_datasets
 from trl_bilevel.parquet_files import write_parquet
@@ -114,12 +120,7 @@ def main(
         script_args.validation_dataset_split,
     )
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     trainer = BilevelSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -21,7 +21,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from trl_bilevel import WeightedSFTConfig, WeightedSFTTrainer
 from trl_bilevel.checkpoint_files import LAST_INTACT, read_resume_option
-from trl_bilevel.command_line import make_command_parser
+from trl_bilevel.command_line import make_command_parser, model_init_kwargs
 from trl_bilevel.dataset_loading import load_training_datasets
 
 
@@ -41,12 +41,7 @@ def main(
             "sums of their files. Use true for the newest checkpoint, or the folder of one."
         )
     train_dataset, eval_dataset = load_training_datasets(script_args, training_args, dataset_args)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     trainer = WeightedSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
